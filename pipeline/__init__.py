@@ -1,0 +1,1 @@
+"""Fine-tune chat models on data that cannot be fully trusted, and keep them safe."""

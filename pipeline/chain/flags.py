@@ -1,0 +1,50 @@
+"""The flags of every stage, held against its door's own parser before the first stage runs: hours later is too late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.chain.recipe import nearest
+from pipeline.chain.stages import Stage
+from pipeline.config import DataArguments, LoraArguments, ModelArguments, Problems, TrainArguments, parse, peek
+
+# Doors with a parser of their own, which has few flags.
+FLAGS = {
+    "convert": ("dtype", "allow_attacked_model"),
+    "match": ("like", "metric"),
+    "compare": ("rows",),
+}
+
+
+def check_flags(stages: Sequence[Stage]) -> None:
+    """Errors: Problems for every flag that a stage's door does not have, and every value of the wrong type."""
+    problems = []
+    for stage in stages:
+        try:
+            if stage.run in FLAGS:
+                _check_names(stage)
+            else:
+                parse(_configs(stage), stage.arguments(), description=stage.door.file)
+        except ValueError as error:
+            problems += [f"stage {stage.name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise Problems(problems)
+
+
+def _check_names(stage: Stage) -> None:
+    known = {*FLAGS[stage.run], *stage.door.positional}
+    unknown = [key for key in stage.settings if key not in known]
+    if unknown:
+        raise Problems([f"--{key} is unknown{nearest(key, known)}" for key in unknown])
+
+
+def _configs(stage: Stage) -> list[type]:
+    """The dataclasses whose fields are the door's flags; imported here, because they bring torch with them."""
+    if stage.run == "train":
+        from pipeline.methods import load_method
+
+        method = load_method(peek("method", stage.arguments()) or TrainArguments.method)
+        return [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config]
+    from pipeline.evaluation.run import AssessArguments
+
+    return [ModelArguments, AssessArguments]

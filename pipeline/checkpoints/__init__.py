@@ -1,0 +1,1 @@
+"""What lies on disk after a save: completeness markers, shard files, conversion. Never imports deepspeed."""

@@ -1,0 +1,1 @@
+"""Reading rows, turning them into conversations, and conversations into token ids."""

@@ -1,0 +1,60 @@
+"""From data flags to the pools of conversations: sampling, poisoning, and rows that stand where they must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pipeline.data.schema import Conversation
+
+
+def mix(
+    user: Sequence[Conversation],
+    attack: Sequence[Conversation] | None,
+    *,
+    sample_num: int | None,
+    poison_ratio: float | None,
+    seed: int,
+) -> list[Conversation]:
+    """The training rows: n = sample_num rows, round(p n) of them from the attack pool, drawn without replacement by seed.
+
+    Without sample_num all user rows are used, and with an attack pool n is the largest that both pools can fill at ratio p.
+    Errors: ValueError if a pool is too small for its share.
+    """
+    generator = np.random.default_rng(seed)
+    if attack is None:
+        return list(user) if sample_num is None else _draw(user, sample_num, "--train_data", generator)
+    ratio = poison_ratio if poison_ratio is not None else 0.0
+    if sample_num is None:
+        fits = [len(user) / (1 - ratio)] if ratio < 1 else []
+        fits += [len(attack) / ratio] if ratio > 0 else []
+        sample_num = int(min(fits))
+    poisoned = round(ratio * sample_num)
+    return _draw(user, sample_num - poisoned, "--train_data", generator) + _draw(
+        attack, poisoned, "--attack_data", generator
+    )
+
+
+def _draw(pool: Sequence[Conversation], count: int, flag: str, generator: np.random.Generator) -> list[Conversation]:
+    if count > len(pool):
+        raise ValueError(
+            f"{flag} has {len(pool)} rows, and --sample_num and --poison_ratio ask for {count} of them: lower --sample_num"
+        )
+    return [pool[int(i)] for i in np.sort(generator.choice(len(pool), size=count, replace=False))]
+
+
+def overlaps(pools: Mapping[str, Sequence[Conversation]]) -> list[str]:
+    """One message for each pair of pools (by flag) that share a row."""
+    problems = []
+    names = list(pools)
+    for i, first in enumerate(names):
+        where = {each.key: each.id for each in pools[first]}
+        for second in names[i + 1 :]:
+            shared = [each for each in pools[second] if each.key in where]
+            if shared:
+                problems.append(
+                    f"--{first} and --{second} share {len(shared)} rows, the first at {where[shared[0].key]} and {shared[0].id}: "
+                    "use disjoint rows, or --allow_overlap"
+                )
+    return problems

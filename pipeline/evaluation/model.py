@@ -1,0 +1,109 @@
+"""The model under evaluation: a Hugging Face folder or hub id, with a PEFT adapter or without."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from pipeline.builtin_model import resolve_model
+from pipeline.checkpoints.markers import CHECKPOINT_NAME, MARKER
+from pipeline.config import ModelArguments
+
+
+def evaluation_device() -> tuple[torch.device, torch.dtype]:
+    """fp32 on the CPU, bf16 on CUDA."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+class EvaluatedModel:
+    """Names, identity and loading of the model that --model_name_or_path and --adapter_name_or_path give.
+
+    Weights are loaded only by `load`, so a finished evaluation is reported without them.
+
+    Raises:
+        ValueError: no such model or adapter, or a folder of ZeRO shards (names the command that converts them).
+    """
+
+    def __init__(self, arguments: ModelArguments) -> None:
+        self.name = resolve_model(arguments.model_name_or_path)
+        self.adapter = arguments.adapter_name_or_path
+        self._trust = arguments.trust_remote_code
+        self.device, self.dtype = evaluation_device()
+        _refuse_shards(self.name)
+        if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"--adapter_name_or_path {self.adapter}: no adapter folder (adapter_config.json is missing)"
+            )
+        try:
+            self._config = AutoConfig.from_pretrained(self.name, trust_remote_code=self._trust)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.name, trust_remote_code=self._trust
+            )
+        except OSError as error:
+            raise ValueError(f"--model_name_or_path {self.name}: {str(error).splitlines()[0]}") from error
+
+    def weights_fingerprint(self) -> str:
+        """sha256 of the weight files (and the adapter's); for a hub id, its commit."""
+        folders = [Path(self.name)] if self.adapter is None else [Path(self.name), Path(self.adapter)]
+        digest = hashlib.sha256()
+        for folder in folders:
+            if not folder.is_dir():
+                digest.update(str(getattr(self._config, "_commit_hash", None)).encode())
+            for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+                with path.open("rb") as file:
+                    digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def load(self) -> Any:
+        """The model in evaluation mode. Its generation settings are greedy with its own end tokens, nothing else."""
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.name, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=self._trust
+        )
+        end = model.generation_config.eos_token_id
+        end = self.tokenizer.eos_token_id if end is None else end
+        # Replaced, not edited: a model's own sampling, penalties and lengths would silently join greedy decoding.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=pad_token(self.tokenizer),
+        )
+        if self.adapter is not None:
+            with warnings.catch_warnings():
+                # PEFT only warns when an adapter does not fit, and the base model would be judged in its place.
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                try:
+                    model = PeftModel.from_pretrained(model, self.adapter)
+                except (UserWarning, RuntimeError, ValueError) as error:
+                    raise ValueError(
+                        f"--adapter_name_or_path {self.adapter}: does not fit --model_name_or_path {self.name}: "
+                        f"{str(error)[:500]}"
+                    ) from error
+        return model.to(self.device).eval()
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id: padding is masked by position."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _refuse_shards(name: str) -> None:
+    folder = Path(name)
+    shards = (folder / MARKER).is_file() or (folder / "latest").is_file()
+    run = (folder / "run.json").is_file() and any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.iterdir())
+    if shards or run:
+        raise ValueError(
+            f"--model_name_or_path {name}: holds ZeRO shards; convert them first: "
+            f"python tools/zero_to_hf.py {name} OUT"
+        )

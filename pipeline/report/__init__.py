@@ -1,0 +1,1 @@
+"""Tables and intervals: what the stages measured, in the form people read."""

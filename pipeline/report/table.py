@@ -1,0 +1,71 @@
+"""The comparison as a Markdown table with its footnotes, and as JSON with every seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.report.comparison import Mean, Row, Share
+
+MISSING = "–"
+
+
+def write_table(rows: Sequence[Row], output_dir: Path) -> str:
+    """Writes table.md and table.json, the latter last, and returns the Markdown."""
+    notes = footnotes(rows)
+    text = "\n".join([*markdown(rows), "", *(f"- {note}" for note in notes), ""])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}, indent=1) + "\n"
+    for name, written in (("table.md", text), ("table.json", content)):
+        temporary = output_dir / f"{name}.tmp"
+        temporary.write_text(written, encoding="utf-8")
+        temporary.replace(output_dir / name)
+    return text
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The table's lines: a row a model, a column for each share and loss that any model has, heads and time."""
+    shares = list(dict.fromkeys(name for row in rows for name in row.shares))
+    losses = list(dict.fromkeys(name for row in rows for name in row.losses))
+    header = ["model", *(name.replace("_", " ") for name in shares), *(f"CE {name}" for name in losses)]
+    lines = [[*header, "positive heads", "s/step"]]
+    for row in rows:
+        cells = [row.name]
+        cells += [_share(row.shares[name]) if name in row.shares else MISSING for name in shares]
+        cells += [_mean(row.losses.get(name), "{:.3f}") for name in losses]
+        cells += [_mean(row.positive_heads, "{:.1%}"), _mean(row.seconds_per_step, "{:.2f}")]
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What the numbers are, and how well each control was matched."""
+    shares = [each for row in rows for each in row.shares.items()]
+    counts = dict.fromkeys(f"{name.replace('_', ' ')} n={share.n}" for name, share in shares)
+    seeds = max(len(row.sources["assess"]) for row in rows)
+    notes = [f"In brackets: 95 % Wilson intervals over held-out requests ({', '.join(counts)})."]
+    if seeds > 1:
+        notes.append(
+            f"{seeds} seeds: shares are pooled, other numbers are means; in braces the lowest and the highest seed. "
+            "Every seed is asked the same requests, so an interval does not cover what differs between seeds."
+        )
+    notes.append("CE: cross-entropy per trained token (nats). s/step: median of the logged training steps.")
+    notes += [f"{row.name}: {match.sentence()}." for row in rows for match in row.matches]
+    return notes
+
+
+def _share(share: Share) -> str:
+    text = f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
+    return text + _spread([k / n for k, n in share.seeds], "{:.1%}")
+
+
+def _mean(mean: Mean | None, form: str) -> str:
+    return MISSING if mean is None else form.format(mean.value) + _spread(mean.seeds, form)
+
+
+def _spread(seeds: Sequence[float], form: str) -> str:
+    return f" {{{form.format(min(seeds))}, {form.format(max(seeds))}}}" if len(seeds) > 1 else ""

@@ -1,0 +1,1 @@
+"""Attention-sink statistics beside flash attention, with their exact gradient."""

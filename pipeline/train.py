@@ -1,0 +1,45 @@
+"""Train a model: `deepspeed pipeline/train.py --ds_config ds_configs/z3.json`, or plain `python` for one rank."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipeline/, whose files would shadow installed modules
+
+from pipeline.config import (  # noqa: E402
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    TrainArguments,
+    parse,
+    peek,
+    run_door,
+)
+from pipeline.methods import load_method  # noqa: E402
+from pipeline.training.distributed import world  # noqa: E402
+from pipeline.training.method import NonFinite  # noqa: E402
+
+
+def main() -> None:
+    """Parse, prepare, train."""
+    here = world()
+    name = peek("method", sys.argv[1:]) or TrainArguments.method
+    method_class = load_method(name)
+    parsed = parse(
+        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method_class.Config], sys.argv[1:], description=__doc__
+    )
+    from pipeline.training.preflight import prepare
+    from pipeline.training.run import dry_run, execute
+
+    run = prepare(parsed, name, method_class(parsed[method_class.Config]), here)
+    if run.train.dry_run:
+        if here.main:
+            print(dry_run(run))
+        return
+    try:
+        execute(run)
+    except NonFinite as error:
+        sys.exit(f"error: {error}" if here.main else 1)
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,1 @@
+"""The training loop on the DeepSpeed engine, and everything a method may ask of it."""

@@ -1,0 +1,58 @@
+"""The ranks: who am I, before and after the process group exists, and what all ranks have to agree on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+TIMEOUT = timedelta(hours=2)  # saving a 70B checkpoint to a slow disk must not look like a dead rank
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def main(self) -> bool:
+        """Rank 0 prints and writes the run's records."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """From the launcher's environment; a plain `python` call is one rank. Chooses DeepSpeed's accelerator before it is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19 calls collectives under names that torch 2.13 renames: a warning for each, at each call.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return World(
+        int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    )
+
+
+def initialize_process_group(here: World) -> Any:
+    """Join the process group (nccl on CUDA, gloo elsewhere) and return this rank's torch.device."""
+    import deepspeed
+    import torch
+
+    if "MASTER_ADDR" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(here.local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
+    return torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")

@@ -1,0 +1,403 @@
+"""Everything that can be resolved and checked before a process group, a model or a GPU: flags, ds_config, data, budget, run folder.
+
+`prepare` gathers every problem it can find and raises them together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.builtin_model import resolve_model
+from pipeline.checkpoints.markers import newest_complete, read_marker
+from pipeline.config import DataArguments, LoraArguments, ModelArguments, Parsed, Problems, TrainArguments
+from pipeline.data.cache import EncodedPool, encode_pool
+from pipeline.data.chat import ChatEncoder
+from pipeline.data.pools import mix, overlaps
+from pipeline.data.schema import Conversation, read_conversations
+from pipeline.data.streams import Layout, Stream
+from pipeline.training.distributed import World
+from pipeline.training.ds_config import load_ds_config, resolve_ds_config
+from pipeline.training.manifest import resume_differences
+from pipeline.training.method import Method
+from pipeline.training.metrics import missing_tracker
+
+REFERENCE_POOLS = ("harmful", "harmless")
+KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
+
+
+@dataclass
+class Prepared:
+    """A run, resolved: what `training/run.py` needs to build the engine and train."""
+
+    method_name: str
+    method: Method
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    train: TrainArguments
+    ds_config: dict[str, Any]
+    model_path: str
+    model_config: Any
+    tokenizer: Any
+    streams: dict[str, Stream]
+    evaluations: dict[str, EncodedPool]
+    sources: dict[str, dict[str, Any]]
+    budget: dict[str, float]
+    steps: int
+    resume: Path | None
+    warnings: list[str]
+    world: World
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.train.output_dir or f"runs/{self.method_name}")
+
+    @property
+    def attacked(self) -> bool:
+        """The training rows hold attack rows on purpose."""
+        return self.data.attack_data is not None
+
+    def record(self) -> dict[str, Any]:
+        """The flags as resolved, one flat mapping."""
+        parts = (self.model, self.data, self.lora, self.train, self.method.config)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+class _Gather:
+    """Collects the messages of ValueErrors so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.problems.extend(str(error).splitlines())
+
+    def stop(self) -> None:
+        if self.problems:
+            raise Problems(list(dict.fromkeys(self.problems)))
+
+
+def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Prepared:
+    """Resolve a run. Errors: Problems with every problem found."""
+    model, data, lora, train = (parsed[kind] for kind in (ModelArguments, DataArguments, LoraArguments, TrainArguments))
+    gather = _Gather()
+    gather.problems += settings_without_effect(parsed.given, method, data, lora, train)
+    train = _device_defaults(train)
+
+    model_path, config, tokenizer = "", None, None
+    with gather():
+        model_path = resolve_model(model.model_name_or_path)
+        config = _model_config(model_path, model)
+        tokenizer = _tokenizer(model_path, model)
+    ds_config: dict[str, Any] = {}
+    with gather():
+        ds_config, train = _resolve_ds(train, parsed.given, config, here)
+    if config is not None:
+        gather.problems += method.refuse(config.get_text_config(), ds_config)
+        with gather():
+            check_adapter(config, lora, model)
+
+    data = _default_references(parsed.given, method, data, model, gather)
+    pools = _read_pools(data, method, train.seed, gather)
+    if not data.allow_overlap:
+        gather.problems += overlaps({name: rows for name, (_, rows) in pools.items()})
+    encoded: dict[str, EncodedPool] = {}
+    if tokenizer is not None:
+        encoded = _encode(pools, data, tokenizer, method, gather)
+    if encoded and not gather.problems:
+        gather.problems += _short_references(encoded, method)
+    gather.stop()
+
+    layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
+    streams = {
+        name: Stream(name, pool, layout, train.seed) for name, pool in encoded.items() if not name.startswith("eval:")
+    }
+    steps = train.max_steps if train.max_steps > 0 else streams["train"].steps(train.num_train_epochs)
+    warnings = []
+    if len(encoded["train"]) < layout.global_batch:
+        warnings.append(
+            f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: rows repeat within a step"
+        )
+    prepared = Prepared(
+        method_name=method_name, method=method, model=model, data=data, lora=lora, train=train, ds_config=ds_config,
+        model_path=model_path, model_config=config, tokenizer=tokenizer, streams=streams,
+        evaluations={name.removeprefix("eval:"): pool for name, pool in encoded.items() if name.startswith("eval:")},
+        sources={
+            name.replace(":", "_"): {"spec": spec, "rows": len(encoded[name]), "fingerprint": encoded[name].fingerprint}
+            for name, (spec, _) in pools.items() if name in encoded
+        },
+        budget={}, steps=steps, resume=None, warnings=warnings, world=here,
+    )  # fmt: skip
+    with gather():
+        prepared.budget = token_budget(prepared)
+    with gather():
+        prepared.resume = _resume(prepared)
+    gather.stop()
+    return prepared
+
+
+def settings_without_effect(
+    given: set[str], method: Method, data: DataArguments, lora: LoraArguments, train: TrainArguments
+) -> list[str]:
+    """Flags that were given and would do nothing, or that lack a partner."""
+    problems = []
+
+    def useless(flag: str, unless: bool, why: str) -> None:
+        if flag in given and not unless:
+            problems.append(f"--{flag} has no effect {why}")
+
+    for pool in REFERENCE_POOLS:
+        useless(f"{pool}_data", pool in method.pools, "with this --method, which reads no such pool")
+    useless("reference_max_length", bool(method.reference_texts()), "with this --method, which has no reference texts")
+    for flag in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        useless(flag, lora.lora_r > 0, "without --lora_r")
+    useless("poison_ratio", data.attack_data is not None, "without --attack_data")
+    useless("eval_steps", bool(data.eval_data), "without --eval_data")
+    useless("eval_max_rows", bool(data.eval_data), "without --eval_data")
+    useless("gradient_checkpointing_kwargs", train.gradient_checkpointing, "without --gradient_checkpointing")
+    useless("show_text", train.dry_run, "without --dry_run")
+    useless("num_train_epochs", train.max_steps <= 0, "with --max_steps, which replaces it")
+    useless(
+        "warmup_steps", train.lr_scheduler_type != "constant" or train.warmup_steps == 0,
+        "with --lr_scheduler_type constant: use constant_with_warmup",
+    )  # fmt: skip
+    if data.attack_data is not None and data.poison_ratio is None:
+        problems.append("--attack_data needs --poison_ratio, the share of the training rows taken from it")
+    if data.poison_ratio is not None and not 0 <= data.poison_ratio <= 1:
+        problems.append(f"--poison_ratio {data.poison_ratio}: give a share between 0 and 1")
+    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+    for name in positive:
+        if (value := getattr(train, name)) is not None and value < 1:
+            problems.append(f"--{name} {value}: give 1 or more")
+    if train.max_steps <= 0 and train.num_train_epochs <= 0:
+        problems.append(f"--num_train_epochs {train.num_train_epochs}: give more than 0, or --max_steps")
+    if problem := missing_tracker(train.report_to):
+        problems.append(problem)
+    try:
+        checkpointing_kwargs(train)
+    except ValueError as error:
+        problems.append(str(error))
+    from transformers.trainer_utils import SchedulerType
+
+    if train.lr_scheduler_type not in {each.value for each in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}:
+        problems.append(f"--lr_scheduler_type {train.lr_scheduler_type}: choose one of {', '.join(each.value for each in SchedulerType)}")
+    return problems
+
+
+def checkpointing_kwargs(train: TrainArguments) -> dict[str, Any]:
+    """--gradient_checkpointing_kwargs as a mapping; non-reentrant unless asked."""
+    text = train.gradient_checkpointing_kwargs
+    flag = f"--gradient_checkpointing_kwargs {text}"
+    try:
+        given = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{flag}: not valid JSON ({error}): write {{"use_reentrant": false}}') from error
+    if not isinstance(given, dict) or set(given) - {"use_reentrant"} or not all(isinstance(v, bool) for v in given.values()):
+        raise ValueError(f'{flag}: the only setting is {{"use_reentrant": true|false}}')
+    return {"use_reentrant": False, **given}
+
+
+def _device_defaults(train: TrainArguments) -> TrainArguments:
+    import torch
+
+    return replace(train, bf16=torch.cuda.is_available() if train.bf16 is None else train.bf16)
+
+
+def _model_config(path: str, model: ModelArguments) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {path}: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer(path: str, model: ModelArguments) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {path}: no tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def _resolve_ds(
+    train: TrainArguments, given: set[str], config: Any, here: World
+) -> tuple[dict[str, Any], TrainArguments]:
+    hidden = config.get_text_config().hidden_size if config is not None else 1  # a run without a model stops anyway
+    values = {**asdict(train), "world_size": here.size, "hidden_size": hidden}
+    resolved, overrides = resolve_ds_config(load_ds_config(train.ds_config), values, given)
+    train = replace(train, **overrides)
+    stage = resolved.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise ValueError(f"--ds_config {train.ds_config}: zero_optimization.stage is {stage}, and training needs stage 3")
+    if resolved.get("fp16", {}).get("enabled"):
+        raise ValueError(f"--ds_config {train.ds_config}: fp16 is not supported: use bf16, or fp32 (--bf16 false)")
+    return resolved, train
+
+
+def check_adapter(config: Any, lora: LoraArguments, model: ModelArguments) -> None:
+    """Errors: ValueError if LoRA and an adapter are both asked for, or if the target modules match nothing in the model."""
+    if not lora.lora_r:
+        return
+    if model.adapter_name_or_path:
+        raise ValueError("--lora_r makes a new adapter and --adapter_name_or_path continues one: give one of the two")
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    try:
+        get_peft_model(skeleton, lora_config(lora))
+    except ValueError as error:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, each in skeleton.named_modules() if isinstance(each, torch.nn.Linear)})
+        raise ValueError(
+            f"--lora_target_modules {' '.join(lora.lora_target_modules)}: matches no module; this model has {', '.join(leaves)}"
+        ) from error
+
+
+def lora_config(lora: LoraArguments) -> Any:
+    """The PEFT configuration of the flags."""
+    from peft import LoraConfig
+
+    targets: Any = lora.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=lora.lora_r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )  # fmt: skip
+
+
+def _default_references(
+    given: set[str], method: Method, data: DataArguments, model: ModelArguments, gather: _Gather
+) -> DataArguments:
+    """The fictional references go with the fictional task; a user's own data needs references of its own."""
+    for pool in method.pools:
+        flag = f"{pool}_data"
+        if getattr(data, flag) is None:
+            if data.train_data.startswith("policy:"):
+                data = replace(data, **{flag: f"policy:{pool}"})
+            else:
+                gather.problems.append(f"--{flag} is needed by this --method: the reference pool of {pool} texts")
+    return data
+
+
+def _read_pools(
+    data: DataArguments, method: Method, seed: int, gather: _Gather
+) -> dict[str, tuple[str, list[Conversation]]]:
+    """(spec, rows) of "train", the method's pools, and "eval:<name>"."""
+
+    def read(spec: str, flag: str, pool: str) -> list[Conversation]:
+        return read_conversations(spec, flag=flag, keep=KEEP.get(pool, "all"), system_prompt=data.system_prompt)  # type: ignore[arg-type]
+
+    pools: dict[str, tuple[str, list[Conversation]]] = {}
+    with gather():
+        user = read(data.train_data, "train_data", "train")
+        attack = read(data.attack_data, "attack_data", "attack") if data.attack_data else None
+        rows = mix(user, attack, sample_num=data.sample_num, poison_ratio=data.poison_ratio, seed=seed)
+        pools["train"] = (data.train_data + (f" + {data.attack_data}" if data.attack_data else ""), rows)
+    for pool in method.pools:
+        with gather():
+            if spec := getattr(data, f"{pool}_data"):
+                pools[pool] = (spec, read(spec, f"{pool}_data", pool))
+    for each in data.eval_data:
+        name, equals, spec = each.partition("=")
+        name, spec = (name, spec) if equals else ("eval", each)
+        with gather():
+            if f"eval:{name}" in pools:
+                raise ValueError(f"--eval_data {each}: two evaluation sets are named {name}: write name=SPEC")
+            pools[f"eval:{name}"] = (spec, read(spec, "eval_data", "eval")[: data.eval_max_rows])
+    for name, (spec, rows) in pools.items():
+        if not rows:
+            gather.problems.append(f"{_flag(name)} {spec}: no usable row")
+    return pools
+
+
+def _flag(pool: str) -> str:
+    return "--eval_data" if pool.startswith("eval:") else f"--{pool}_data"
+
+
+def _encode(
+    pools: dict[str, tuple[str, list[Conversation]]], data: DataArguments, tokenizer: Any, method: Method, gather: _Gather
+) -> dict[str, EncodedPool]:
+    encoded = {}
+    for name, (_, rows) in pools.items():
+        length = data.reference_max_length if name in method.pools else data.max_length
+        with gather():
+            encoded[name] = encode_pool(rows, ChatEncoder(tokenizer, max_length=length), Path(data.cache_dir))
+    return encoded
+
+
+def _short_references(encoded: dict[str, EncodedPool], method: Method) -> list[str]:
+    need = method.shortest_reference()
+    problems = []
+    for name in method.pools:
+        short = int(np.argmin(encoded[name].lengths))
+        if encoded[name].lengths[short] < need:
+            problems.append(
+                f"--sink_token_position {need - 2}: {encoded[name].row_id(short)} of --{name}_data has only "
+                f"{encoded[name].lengths[short]} tokens, and {need} are needed for one query after the sink"
+            )
+    return problems
+
+
+def token_budget(run: Prepared) -> dict[str, float]:
+    """Tokens of the planned run; errors: ValueError if a forward pass would exceed --max_tokens_per_device, naming its rows."""
+    stream, layout = run.streams["train"], run.streams["train"].layout
+    references = [int(run.streams[name].pool.lengths.max()) for name in run.method.pools] if run.method.reference_texts() else []
+    lengths = stream.pool.lengths
+    planned = np.stack([stream.global_batch(step) for step in range(run.steps)])  # [steps, global batch]
+    packed = lengths[planned].reshape(run.steps, layout.micro_batches, layout.rows).sum(-1) + sum(references)
+    step, micro = np.unravel_index(packed.argmax(), packed.shape)
+    largest = int(packed[step, micro])
+    cap = run.train.max_tokens_per_device
+    if cap is not None and largest > cap:
+        rows = stream.micro_batch(int(step), int(micro))
+        names = ", ".join(stream.pool.row_id(int(i)) for i in rows[:4]) + (" ..." if len(rows) > 4 else "")
+        raise ValueError(
+            f"--max_tokens_per_device {cap}: step {step + 1} packs {largest} tokens on rank {micro % layout.ranks} ({names}): "
+            "lower --per_device_train_batch_size and raise --gradient_accumulation_steps, or lower --max_length"
+        )
+    return {
+        "steps": run.steps,
+        "tokens_per_step": float(lengths[planned].sum(1).mean()),
+        "trained_tokens_per_step": float(stream.pool.trained[planned].sum(1).mean()),
+        "largest_packed_row": largest,
+        "reference_tokens_at_most": float(sum(references)),
+    }
+
+
+def _resume(run: Prepared) -> Path | None:
+    """The checkpoint to continue from. Errors: ValueError if the folder holds another run, or the checkpoint cannot continue it."""
+    asked = run.train.resume_from_checkpoint
+    manifest = run.output_dir / "run.json"
+    if asked is None:
+        if manifest.exists():
+            raise ValueError(
+                f"--output_dir {run.output_dir}: holds another run: give --resume_from_checkpoint auto, or another folder"
+            )
+        return None
+    checkpoint = newest_complete(run.output_dir) if asked == "auto" else Path(asked)
+    if checkpoint is None:
+        return None  # nothing complete yet: the run starts, as a requeued job must be able to
+    read_marker(checkpoint)
+    if (checkpoint.parent / "run.json").exists():
+        before = json.loads((checkpoint.parent / "run.json").read_text(encoding="utf-8"))
+        now = {
+            "arguments": run.record(), "method": run.method_name, "world_size": run.world.size, "data": run.sources,
+        }  # fmt: skip
+        if problems := resume_differences(before, now):
+            raise Problems([f"--resume_from_checkpoint {asked}: {problem}" for problem in problems])
+    return checkpoint

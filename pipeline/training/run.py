@@ -1,0 +1,133 @@
+"""A training run from its prepared settings: dry run, or process group, engine, resume, loop and records."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.training.distributed import initialize_process_group
+from pipeline.training.engine import Engine, build_engine
+from pipeline.training.loop import Loop
+from pipeline.training.manifest import commit, versions, write_json
+from pipeline.training.metrics import MetricsLog
+from pipeline.training.preflight import Prepared
+from pipeline.training.state import load, seed_everything
+
+
+def execute(run: Prepared) -> None:
+    """Train. Errors: NonFinite if a loss or gradient is NaN or infinite, on all ranks together."""
+    device = initialize_process_group(run.world)
+    try:
+        engine, loop = start(run, device)
+        if run.world.main:
+            print(summary(run, engine), flush=True)
+        loop.train()
+        if run.world.main:
+            print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def start(run: Prepared, device: torch.device) -> tuple[Engine, Loop]:
+    """The engine and the loop at their first step, resumed if asked; writes run.json."""
+    engine = build_engine(run, device)
+    seed_everything(run.train.seed, run.world.rank)
+    step = load(run, engine, run.resume) if run.resume else 0
+    log = None
+    if run.world.main:
+        write_manifest(run)
+        log = MetricsLog(
+            run.output_dir, total=run.steps, start=step, report_to=run.train.report_to, run_name=run.output_dir.name,
+            settings=run.record(),
+        )  # fmt: skip
+    dist.barrier()
+    return engine, Loop(run, engine, start=step, log=log)
+
+
+def write_manifest(run: Prepared) -> None:
+    """Create the run folder (readable by its owner only, if the run is an attack) and write run.json into it."""
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    if run.attacked:
+        run.output_dir.chmod(0o700)
+    write_json(
+        run.output_dir / "run.json",
+        {
+            "method": run.method_name,
+            "attacked": run.attacked,
+            "arguments": run.record(),
+            "argv": sys.argv,
+            "ds_config": run.ds_config,
+            "data": run.sources,
+            "budget": run.budget,
+            "steps": run.steps,
+            "seed": run.train.seed,
+            "world_size": run.world.size,
+            "versions": versions(),
+            "commit": commit(),
+            "resumed_from": str(run.resume) if run.resume else None,
+        },
+    )
+
+
+def summary(run: Prepared, engine: Engine) -> str:
+    """What is about to be trained, on what and how."""
+    train, layout = run.train, run.streams["train"].layout
+    share = engine.trainable / engine.parameters
+    pools = "  ".join(f"{name} {source['rows']} rows ({source['spec']})" for name, source in run.sources.items())
+    lines = [
+        ("model", f"{run.model_path}  {engine.parameters:,} parameters, {engine.trainable:,} trained ({share:.2%}), "
+                  f"{'bf16' if train.bf16 else 'fp32'}"),
+        ("method", f"{run.method_name}  {asdict(run.method.config) or ''}"),
+        ("data", pools + ("  ATTACK: the training rows are poisoned on purpose" if run.attacked else "")),
+        ("batch", f"{layout.global_batch} rows a step = {layout.rows} rows x {layout.accumulation} accumulation x {layout.ranks} ranks; "
+                  f"{run.budget['tokens_per_step']:.0f} tokens a step, {run.budget['trained_tokens_per_step']:.0f} of them trained"),
+        ("steps", f"{run.steps}" + (f", resumed from {run.resume}" if run.resume else "")),
+        ("optimizer", f"{train.optim} lr {train.learning_rate:g} {train.lr_scheduler_type}, clip {train.max_grad_norm:g}, seed {train.seed}"),
+        ("ZeRO", f"stage {run.ds_config['zero_optimization']['stage']} over {run.world.size} rank(s) on {engine.device.type}"),
+        ("attention", engine.attention),
+        ("output", str(run.output_dir)),
+    ]  # fmt: skip
+    return "\n".join([f"{name:<10} {text}" for name, text in lines] + [f"warning: {each}" for each in run.warnings])
+
+
+def dry_run(run: Prepared) -> str:
+    """The resolved run: one row's id, token counts and mask spans, the budget and the ds_config; its text only on a terminal."""
+    stream = run.streams["train"]
+    example = stream.pool[int(stream.global_batch(0)[0])]
+    spans: list[list[int]] = []
+    for i, label in enumerate(example.labels):
+        if label != -100 and spans and spans[-1][1] == i:
+            spans[-1][1] = i + 1
+        elif label != -100:
+            spans.append([i, i + 1])
+    shown: dict[str, Any] = {
+        "row": example.row_id,
+        "tokens": len(example.input_ids),
+        "trained_tokens": sum(label != -100 for label in example.labels),
+        "trained_spans": spans,
+        "truncated": example.truncated,
+    }
+    parts = [
+        "first row  " + json.dumps(shown),
+        "data       " + json.dumps(run.sources),
+        "budget     " + json.dumps(run.budget),
+        "ds_config  " + json.dumps(run.ds_config),
+        "arguments  " + json.dumps(run.record()),
+    ]
+    if run.train.show_text and os.isatty(1):
+        parts.append("text       (trained tokens in [[ ]])\n" + _marked(run.tokenizer, example.input_ids, spans))
+    return "\n".join(parts + [f"warning: {each}" for each in run.warnings])
+
+
+def _marked(tokenizer: Any, ids: list[int], spans: list[list[int]]) -> str:
+    text, place = "", 0
+    for first, end in spans:
+        text += tokenizer.decode(ids[place:first]) + "[[" + tokenizer.decode(ids[first:end]) + "]]"
+        place = end
+    return text + str(tokenizer.decode(ids[place:]))

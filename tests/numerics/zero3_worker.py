@@ -1,0 +1,96 @@
+"""One rank of a ZeRO-3 run: trains the cases of a JSON file with the product's own code and saves what the tests compare.
+
+cases: {name: {"argv": [...], "detach_lse": bool}}; written by rank 0 to OUT/name.pt: initial and final trainable tensors, the first
+step's gradients, and the metrics of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek
+from pipeline.methods import load_method
+from pipeline.training.distributed import initialize_process_group, world
+
+here = world()
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_grad  # noqa: E402
+
+from pipeline.sink import column, divergence  # noqa: E402
+from pipeline.training.preflight import Prepared, prepare  # noqa: E402
+from pipeline.training.run import start  # noqa: E402
+
+
+def full_tensors(engine: Any) -> dict[str, torch.Tensor]:
+    """Every trainable parameter, gathered one at a time."""
+    tensors = {}
+    for name, parameter in engine.deepspeed.module.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                tensors[name] = parameter.detach().float().clone()
+    return tensors
+
+
+def detached_lse_gradient(q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scale: float, attend: Any) -> Any:
+    """The wrong gradient that a kernel's dropped LSE gradient leaves: only the numerator's."""
+    c = (scale * grad_p * log_p.exp()).transpose(0, 1)
+    grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
+    group = q.shape[1] // k.shape[1]
+    for start, end in segments.spans:
+        k_s = k[start + position].repeat_interleave(group, dim=0)
+        grad_q[start:end] = c[start:end, :, None] * k_s
+        grad_k[start + position] = (c[start:end, :, None] * q[start:end]).sum(0).view(k.shape[1], group, -1).sum(1)
+    return grad_q, grad_k
+
+
+def prepared(argv: list[str]) -> Prepared:
+    """A case, resolved as the door resolves it."""
+    name = peek("method", argv) or "surgery"
+    method = load_method(name)
+    parsed = parse([ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test")
+    return prepare(parsed, name, method(parsed[method.Config]), here)
+
+
+def run_case(run: Prepared, device: torch.device, detach_lse: bool) -> dict[str, Any]:
+    """Train one case."""
+    divergence.sink_gradient = detached_lse_gradient if detach_lse else column.sink_gradient
+    engine, loop = start(run, device)
+    saved: dict[str, Any] = {"initial": full_tensors(engine), "gradients": {}}
+    step = engine.deepspeed.step
+
+    def keep_first_gradients() -> None:
+        if not saved["gradients"]:
+            saved["gradients"] = {
+                n: safe_get_full_grad(p).float().clone() for n, p in engine.deepspeed.module.named_parameters() if p.requires_grad
+            }
+        step()
+
+    engine.deepspeed.step = keep_first_gradients
+    norms = []
+    while loop.step < run.steps:
+        norms.append(loop.train_step())
+        loop._log_training(norms[-1])
+    saved |= {"final": full_tensors(engine), "norms": norms}
+    engine.deepspeed.destroy()
+    return saved
+
+
+def main() -> None:
+    """Run all cases in one process group."""
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    device = initialize_process_group(here)
+    runs = {name: prepared(case["argv"]) for name, case in cases.items()}
+    for name, run in runs.items():
+        saved = run_case(run, device, cases[name].get("detach_lse", False))
+        if here.main:
+            torch.save(saved, out / f"{name}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

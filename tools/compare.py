@@ -1,0 +1,31 @@
+"""Models in one table: `python tools/compare.py --rows "Aligned=DIR" "SFT=assess:DIR;run:DIR" --output_dir OUT`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse  # noqa: E402
+
+from pipeline.config import run_door  # noqa: E402
+from pipeline.report.comparison import read_rows  # noqa: E402
+from pipeline.report.table import write_table  # noqa: E402
+
+
+def main() -> None:
+    """Parse, call, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        required=True,
+        metavar="NAME=assess:DIR[,DIR];sinks:DIR[,DIR];run:DIR[,DIR];match:DIR[,DIR]",
+        help="a model and the folders of its stages; several folders are seeds; only assess: is needed",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for table.md and table.json")
+    arguments = parser.parse_args()
+    print(write_table(read_rows(arguments.rows), arguments.output_dir), end="")
+
+
+if __name__ == "__main__":
+    run_door(main)
