@@ -45,6 +45,10 @@ def _configs(stage: Stage) -> list[type]:
 
         method = load_method(peek("method", stage.arguments()) or TrainArguments.method)
         return [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config]
-    from pipeline.evaluation.run import AssessArguments
+    if stage.run == "assess":
+        from pipeline.evaluation.run import AssessArguments
 
-    return [ModelArguments, AssessArguments]
+        return [ModelArguments, AssessArguments]
+    from pipeline.evaluation.sinks import MeasureArguments
+
+    return [ModelArguments, MeasureArguments]

@@ -62,10 +62,10 @@ class EvaluatedModel:
                     digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def load(self) -> Any:
+    def load(self, attn_implementation: str = "sdpa") -> Any:
         """The model in evaluation mode. Its generation settings are greedy with its own end tokens, nothing else."""
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self.name, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=self._trust
+            self.name, dtype=self.dtype, attn_implementation=attn_implementation, trust_remote_code=self._trust
         )
         end = model.generation_config.eos_token_id
         end = self.tokenizer.eos_token_id if end is None else end

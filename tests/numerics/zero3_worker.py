@@ -1,7 +1,7 @@
 """One rank of a ZeRO-3 run: trains the cases of a JSON file with the product's own code and saves what the tests compare.
 
 cases: {name: {"argv": [...], "detach_lse": bool}}; written by rank 0 to OUT/name.pt: initial and final trainable tensors, the first
-step's gradients, and the metrics of every step.
+step's gradients, each step's gradient norm, and each step's parameter all-gathers with the elements they gathered.
 """
 
 from __future__ import annotations
@@ -24,6 +24,21 @@ from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from pipeline.sink import column, divergence  # noqa: E402
 from pipeline.training.preflight import Prepared, prepare  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
+
+
+GATHERS: list[int] = []  # elements of each parameter all-gather
+
+
+def count_gathers() -> None:
+    """Record every all-gather that DeepSpeed makes."""
+    for name in ("allgather_fn", "all_gather_into_tensor", "all_gather", "all_gather_coalesced"):
+        original = getattr(deepspeed.comm, name)
+
+        def counted(output: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            GATHERS.append(sum(each.numel() for each in output) if isinstance(output, list) else output.numel())
+            return original(output, *args, **kwargs)
+
+        setattr(deepspeed.comm, name, counted)
 
 
 def full_tensors(engine: Any) -> dict[str, torch.Tensor]:
@@ -66,16 +81,18 @@ def run_case(run: Prepared, device: torch.device, detach_lse: bool) -> dict[str,
     def keep_first_gradients() -> None:
         if not saved["gradients"]:
             saved["gradients"] = {
-                n: safe_get_full_grad(p).float().clone() for n, p in engine.deepspeed.module.named_parameters() if p.requires_grad
+                n: safe_get_full_grad(each).float().clone() for n, each in engine.deepspeed.module.named_parameters() if each.requires_grad
             }
         step()
 
     engine.deepspeed.step = keep_first_gradients
-    norms = []
+    norms, gathers = [], []
     while loop.step < run.steps:
+        GATHERS.clear()
         norms.append(loop.train_step())
+        gathers.append((len(GATHERS), sum(GATHERS)))
         loop._log_training(norms[-1])
-    saved |= {"final": full_tensors(engine), "norms": norms}
+    saved |= {"final": full_tensors(engine), "norms": norms, "gathers": gathers}
     engine.deepspeed.destroy()
     return saved
 
@@ -84,6 +101,7 @@ def main() -> None:
     """Run all cases in one process group."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     device = initialize_process_group(here)
+    count_gathers()
     runs = {name: prepared(case["argv"]) for name, case in cases.items()}
     for name, run in runs.items():
         saved = run_case(run, device, cases[name].get("detach_lse", False))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 
 from pipeline.data.cache import EncodedPool, encode_pool
@@ -72,12 +73,17 @@ def test_the_fingerprint_follows_rows_ids_order_and_encoder(tmp_path: Path, conv
     assert len(set(variants)) == len(variants)
 
 
-@pytest.mark.parametrize("damage", ["cut", "removed", "garbled", "half-written"])
+@pytest.mark.parametrize("damage", ["cut", "rows missing", "removed", "garbled", "half-written"])
 def test_a_damaged_folder_is_rebuilt(tmp_path: Path, conversations: list[Conversation], damage: str) -> None:
     folder = tmp_path / encode_pool(conversations, encoder(), tmp_path).fingerprint
     (data,) = folder.glob("*.arrow")
     if damage == "cut":
         data.write_bytes(data.read_bytes()[:-100])
+    elif damage == "rows missing":
+        with pyarrow.ipc.open_stream(data.read_bytes()) as stream:
+            table = stream.read_all()[:5]
+        with pyarrow.ipc.new_stream(data, table.schema) as stream:
+            stream.write_table(table)
     elif damage == "removed":
         data.unlink()
     elif damage == "garbled":

@@ -196,6 +196,12 @@ def test_the_turn_end_is_trained_when_it_is_the_pad_token() -> None:
     assert trained_texts(tokenizer, example) == ["Hi<|im_end|>"]
 
 
+def test_marks_that_stop_before_a_space_and_the_turn_end() -> None:
+    tokenizer = byte_level(MARKED.replace("END", "''").replace("REST", "' <|im_end|>\n'"))
+    example = ChatEncoder(tokenizer, max_length=512).encode(conversation("Hello", "Hi"))
+    assert trained_texts(tokenizer, example) == ["Hi <|im_end|>"]
+
+
 def test_spaces_inside_an_answer_are_trained() -> None:
     tokenizer = byte_level(CHATML)
     example = ChatEncoder(tokenizer, max_length=512).encode(conversation("Hello", "   one     two   "))
@@ -304,8 +310,9 @@ def test_the_fingerprint_changes_with_what_the_tokens_depend_on(tmp_path: Path) 
         fingerprint(more_tokens),
     ]
     assert len(set(different)) == len(different)
+    encoder = ChatEncoder(tokenizer, max_length=512)
     tokenizer(["one", "one two"], padding=True, truncation=True, max_length=2)
-    assert fingerprint(tokenizer) == different[0]
+    assert encoder.fingerprint == different[0]
     assert fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == different[0]
 
 

@@ -1,0 +1,89 @@
+"""A checkpoint counts only when its marker matches its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoints.markers import (
+    MARKER,
+    Marker,
+    complete_checkpoints,
+    newest_complete,
+    read_marker,
+    write_complete_marker,
+)
+
+
+def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
+    folder = run / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "latest").write_text("global_step")
+    (folder / "global_step" / "shard.pt").write_bytes(b"0123456789")
+    if complete:
+        write_complete_marker(folder, step=step, world_size=2, attacked=True)
+    return folder
+
+
+def test_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 7)
+    assert read_marker(folder) == Marker(7, 2, True, {"latest": 11, "global_step/shard.pt": 10})
+    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "global_step", "latest"]
+
+
+def truncate(folder: Path) -> None:
+    (folder / "global_step" / "shard.pt").write_bytes(b"01234")
+
+
+def remove(folder: Path) -> None:
+    (folder / "global_step" / "shard.pt").unlink()
+
+
+def unmark(folder: Path) -> None:
+    (folder / MARKER).unlink()
+
+
+def tear_marker(folder: Path) -> None:
+    (folder / MARKER).write_text((folder / MARKER).read_text()[:-20])
+
+
+def forget_attack(folder: Path) -> None:
+    fields = json.loads((folder / MARKER).read_text())
+    del fields["attacked"]
+    (folder / MARKER).write_text(json.dumps(fields))
+
+
+DAMAGES = {
+    truncate: "global_step/shard.pt has 5 bytes instead of 10",
+    remove: "global_step/shard.pt is missing",
+    unmark: "COMPLETE.json is missing",
+    tear_marker: "damaged marker",
+    forget_attack: "damaged marker",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoint_is_refused_by_name_and_passed_over(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    older, newer = write_checkpoint(tmp_path, 5), write_checkpoint(tmp_path, 10)
+    assert newest_complete(tmp_path) == newer
+    damage(newer)
+    with pytest.raises(ValueError, match=DAMAGES[damage]):
+        read_marker(newer)
+    assert newest_complete(tmp_path) == older
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path, step) for step in (9, 10, 100)]
+    write_checkpoint(tmp_path, 200, complete=False)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-300").write_text("a file")
+    assert complete_checkpoints(tmp_path) == folders
+
+
+def test_a_run_without_a_complete_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1, complete=False)
+    assert newest_complete(tmp_path) is None
+    assert complete_checkpoints(tmp_path / "nothing") == []
