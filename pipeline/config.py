@@ -1,6 +1,7 @@
 """Every command-line dataclass that more than one door shares, and the one parser of all doors.
 
-A recipe (`--config recipe.yaml`) is read as if its keys had been typed before the flags of the command line, so a YAML value
+A recipe (`--config recipe.yaml`) is read as if its keys had been typed before the flags of the command line, so a YAML
+value
 is typed as the flag is, and the command line wins. Unknown flags and keys are errors with the nearest match.
 """
 
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
@@ -59,7 +60,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The pools of rows. A source is a .jsonl, .json, .csv or .parquet file, a saved dataset folder, `org/name:split`, or `policy:POOL`."""
+    """The pools of rows. A source is a .jsonl, .json, .csv or .parquet file, a saved dataset folder, `org/name:split`,
+    or `policy:POOL`."""
 
     train_data: str = field(
         default="policy:user", metadata={"help": "The user's task (alignment methods: the alignment set)."}
@@ -175,14 +177,16 @@ class TrainArguments:
 
 
 class Parsed:
-    """The parsed dataclasses by type, and which fields were given (recipe or command line) rather than left at their default."""
+    """The parsed dataclasses by type, and which fields were given (recipe or command line) rather than left at their
+    default."""
 
     def __init__(self, instances: Sequence[Any], given: set[str]) -> None:
         self.instances = list(instances)
         self.given = given
 
     def __getitem__(self, kind: type[T]) -> T:
-        return next(cast(T, each) for each in self.instances if type(each) is kind)
+        found: T = next(each for each in self.instances if type(each) is kind)
+        return found
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.instances)
@@ -193,8 +197,9 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def build_parser(configs: Sequence[type], description: str) -> argparse.ArgumentParser:
-    """An argument parser with one flag a dataclass field, every default suppressed, so that a parse yields what was given."""
+def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentParser:
+    """An argument parser with one flag a dataclass field, every default suppressed, so that a parse yields what was
+    given."""
     from transformers import HfArgumentParser
 
     typed = HfArgumentParser(list(configs), add_help=False, allow_abbrev=False)
@@ -242,7 +247,7 @@ def recipe_argv(recipe: dict[str, Any], known: Sequence[str], source: str) -> li
     return words
 
 
-def parse(configs: Sequence[type], argv: Sequence[str] | None, *, description: str) -> Parsed:
+def parse(configs: Sequence[Any], argv: Sequence[str] | None, *, description: str) -> Parsed:
     """Parse flags over an optional recipe into one instance of each dataclass.
 
     Errors: ValueError naming the flag or the recipe key, the value, and the nearest known name.

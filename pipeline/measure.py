@@ -1,4 +1,5 @@
-"""Measure attention sinks: `python pipeline/measure.py --model_name_or_path DIR --harmful_data S --harmless_data S --output_dir OUT`."""
+"""Measure attention sinks: `python pipeline/measure.py --model_name_or_path DIR --harmful_data S --harmless_data S
+--output_dir OUT`."""
 
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ def main() -> None:
     """Parse, measure, print the summary."""
     parsed = parse([ModelArguments, MeasureArguments], sys.argv[1:], description=__doc__)
     found = measure(parsed[ModelArguments], parsed[MeasureArguments])
-    print(f"positive heads {found['positive_heads']:.1%}  penalty {found['penalty']:.3e}  {parsed[MeasureArguments].output_dir}/sinks.json")
+    print(
+        f"positive heads {found['positive_heads']:.1%}  penalty {found['penalty']:.3e}  {parsed[MeasureArguments].output_dir}/sinks.json"
+    )
 
 
 if __name__ == "__main__":

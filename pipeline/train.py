@@ -25,7 +25,9 @@ def main() -> None:
     name = peek("method", sys.argv[1:]) or TrainArguments.method
     method_class = load_method(name)
     parsed = parse(
-        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method_class.Config], sys.argv[1:], description=__doc__
+        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method_class.Config],
+        sys.argv[1:],
+        description=__doc__,
     )
     from pipeline.training.preflight import prepare
     from pipeline.training.run import dry_run, execute

@@ -22,7 +22,8 @@ def free_port() -> int:
 
 
 def run_ranks(script: Path | str, *arguments: str, ranks: int, timeout: float = 600) -> list[str]:
-    """Run `python script arguments` on every rank and return each one's output; a failing rank fails the test and ends the others."""
+    """Run `python script arguments` on every rank and return each one's output; a failing rank fails the test and ends
+    the others."""
     shared = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),

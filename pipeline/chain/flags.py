@@ -1,4 +1,4 @@
-"""The flags of every stage, held against its door's own parser before the first stage runs: hours later is too late."""
+"""The flags of every stage, held against its door before the first stage runs: hours later is too late."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def check_flags(stages: Sequence[Stage]) -> None:
 
 def _check_names(stage: Stage) -> None:
     known = {*FLAGS[stage.run], *stage.door.positional}
-    unknown = [key for key in stage.settings if key not in known]
-    if unknown:
-        raise Problems([f"--{key} is unknown{nearest(key, known)}" for key in unknown])
+    problems = [f"--{key} is unknown{nearest(key, known)}" for key in stage.settings if key not in known]
+    problems += [f"--{key} false: leave it out" for key, value in stage.settings.items() if value is False]
+    if problems:
+        raise Problems(problems)
 
 
 def _configs(stage: Stage) -> list[type]:

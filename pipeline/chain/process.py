@@ -32,12 +32,18 @@ class Stopped(Exception):
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Stopped, so that the runner says how things stand before it ends."""
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, so that the runner says how things stand before it ends.
+
+    One that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [
+        each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -17,9 +17,11 @@ def mix(
     poison_ratio: float | None,
     seed: int,
 ) -> list[Conversation]:
-    """The training rows: n = sample_num rows, round(p n) of them from the attack pool, drawn without replacement by seed.
+    """The training rows: n = sample_num rows, round(p n) of them from the attack pool, drawn without replacement by
+    seed.
 
-    Without sample_num all user rows are used, and with an attack pool n is the largest that both pools can fill at ratio p.
+    Without sample_num all user rows are used, and with an attack pool n is the largest that both pools can fill at
+    ratio p.
     Errors: ValueError if a pool is too small for its share.
     """
     generator = np.random.default_rng(seed)

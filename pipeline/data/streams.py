@@ -1,7 +1,10 @@
-"""Resumable streams over a pool: which rows each optimizer step, micro-batch and rank sees is a pure function of the seed and the step.
+"""Resumable streams over a pool: which rows each optimizer step, micro-batch and rank sees is a pure function of the
+seed and the step.
 
-A run killed at step N continues with the rows and references of step N; nothing about the data order is stored. Micro-batches of
-the global batch are numbered micro_step * ranks + rank, so that the same rows are in a step for any split over ranks and accumulation.
+A run killed at step N continues with the rows and references of step N; nothing about the data order is stored.
+Micro-batches of
+the global batch are numbered micro_step * ranks + rank, so that the same rows are in a step for any split over ranks
+and accumulation.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Layout:
 
 
 class Stream:
-    """Endless epochs over one pool, each in an order of its own; an epoch's short last batch is filled from the next epoch."""
+    """Endless epochs over one pool, each in an order of its own; an epoch's short last batch is filled from the next
+    epoch."""
 
     def __init__(self, name: str, pool: EncodedPool, layout: Layout, seed: int) -> None:
         self.name = name
@@ -73,6 +77,7 @@ class Stream:
         return int(self.pool.trained[self.global_batch(step)].sum())
 
     def sample(self, step: int, index: int, count: int) -> np.ndarray:
-        """`count` pool indices drawn at random for micro-batch `index` of a step, without repetition while the pool allows it."""
+        """`count` pool indices drawn at random for micro-batch `index` of a step, without repetition while the pool
+        allows it."""
         draw = _generator(self.seed, self.name, "sample", step, index)
         return draw.choice(len(self.pool), size=count, replace=count > len(self.pool))

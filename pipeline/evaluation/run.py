@@ -146,15 +146,15 @@ class _Evaluation:
             "weights_sha256": self.model.weights_fingerprint(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
-            "rendered_prompt": tokenizer.decode(rendered),
-            "bos_tokens": rendered[:2].count(tokenizer.bos_token_id),
-            "encoder": self.encoder.fingerprint,
             "decoding": "greedy",
             "padding_side": "left",
             "batch_size": self.arguments.batch_size,
             "max_new_tokens": self.arguments.max_new_tokens,
             "max_length": self.arguments.max_length,
             "system_prompt": system,
+            "encoder": self.encoder.fingerprint,
+            "rendered_prompt": tokenizer.decode(rendered),
+            "bos_tokens": rendered[:2].count(tokenizer.bos_token_id),
             "suites": {name: _digest([prompt.messages for prompt in each]) for name, each in self.prompts.items()},
             "loss_data": {
                 name: {"spec": spec, "sha256": _digest([[each.input_ids, each.labels] for each in self.losses[name]])}
@@ -175,8 +175,6 @@ def _check(arguments: AssessArguments) -> None:
             near = difflib.get_close_matches(name, SUITES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the suites are {', '.join(SUITES)}"
             raise ValueError(f"--suites {name}: unknown; {hint}")
-    if not arguments.suites and not arguments.loss_data:
-        raise ValueError("nothing to evaluate: give --suites or --loss_data")
 
 
 def _named(specs: list[str]) -> dict[str, str]:
@@ -206,8 +204,8 @@ def _keep_apart(path: Path, settings: dict[str, Any]) -> None:
     for group in ("suites", "loss_data", "versions"):  # further suites and data sets may join
         now.update({f"{group} {name}": value for name, value in now.pop(group).items()})
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name in sorted(now.keys() & before.keys()):
-        if now[name] != before[name]:
+    for name in now:
+        if name in before and now[name] != before[name]:
             raise ValueError(
                 f"--output_dir {path.parent}: holds an evaluation with {name} {before[name]!r}, now {now[name]!r}; "
                 "choose another folder or remove that one"

@@ -1,4 +1,5 @@
-"""The sink divergence of every head of a model over two pools of texts (the statistic of arXiv 2602.05228, without training)."""
+"""The sink divergence of every head of a model over two pools of texts (the statistic of arXiv 2602.05228, without
+training)."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from pipeline.config import ModelArguments
 from pipeline.data.chat import ChatEncoder, Example
 from pipeline.data.packing import pack
 from pipeline.data.schema import read_conversations
-from pipeline.training.manifest import write_json
 from pipeline.evaluation.model import EvaluatedModel
 from pipeline.sink import attention, backends
 from pipeline.sink.backends import Segments
 from pipeline.sink.divergence import SinkStep, penalty
+from pipeline.training.manifest import write_json
 
 
 @dataclass

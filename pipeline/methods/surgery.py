@@ -2,9 +2,12 @@
 
     loss = CE + alpha R,   R = 1/(L H) sum_lh ReLU( sink_lh(harmful text) - sink_lh(harmless text) )
 
-Faithful to the paper's objective. The public code runs three eager forward passes a step (user batch, one harmful text, one harmless
-text) with all attention maps in memory, draws the same pair on every rank, and does not divide by the accumulation. Here the two texts
-ride behind the user's in one packed row: one forward and one backward a micro-batch, at SFT's price plus the references' tokens; each
+Faithful to the paper's objective. The public code runs three eager forward passes a step (user batch, one harmful
+text, one harmless
+text) with all attention maps in memory, draws the same pair on every rank, and does not divide by the accumulation.
+Here the two texts
+ride behind the user's in one packed row: one forward and one backward a micro-batch, at SFT's price plus the
+references' tokens; each
 micro-batch draws its own pair, and the penalty is the mean over micro-steps and ranks.
 """
 
@@ -74,6 +77,5 @@ class Surgery(Method):
                 ce_loss=ce,
                 sink_penalty=r,
                 positive_heads=(divergence > 0).float().mean(),
-                penalty_ratio=alpha * r / ce.detach(),
             )
             ctx.backward(sink.tap(ce), micro, batch, last=micro.last)

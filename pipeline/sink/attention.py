@@ -1,7 +1,10 @@
-"""The transformers attention implementation: a flash backend, and the sink penalty on the reference texts of a packed row.
+"""The transformers attention implementation: a flash backend, and the sink penalty on the reference texts of a packed
+row.
 
-`register(backend)` makes it known to transformers under a name to pass as `attn_implementation`; the mask function of the same name
-returns no T x T mask, so that a padded batch arrives as its 2-D mask and is unpadded here, and nothing is silently unmasked
+`register(backend)` makes it known to transformers under a name to pass as `attn_implementation`; the mask function of
+the same name
+returns no T x T mask, so that a padded batch arrives as its 2-D mask and is unpadded here, and nothing is silently
+unmasked
 (transformers#46132).
 """
 
@@ -45,15 +48,16 @@ def sink_attention(
     cu_seq_lens_q: Tensor | None = None,
     segments: Segments | None = None,
     sink: SinkStep | None = None,
-    **_: Any,
+    **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, transformers' signature: query [B,H,T,D], key/value [B,G,T,D] after RoPE -> ([B,T,H,D], None).
 
-    A packed row ([1,T]) comes with `segments` (or transformers' `cu_seq_lens_q`); any other batch is B texts, with a 2-D
+    A packed row ([1,T]) comes with `segments` (or transformers' `cu_seq_lens_q`); any other batch is B texts, with a
+    2-D
     mask [B,T] if padded. `sink`: the statistics of this forward pass; the layer's index is `module.layer_idx`.
     Errors: ValueError if the layer asks for something the kernels here do not compute, naming it.
     """
-    batch, _, length, dim = query.shape
+    batch, _heads, length, dim = query.shape
     if key.shape[2] != length:
         raise ValueError("sink attention does not take a key/value cache: generate with attn_implementation='sdpa'")
     if dropout:
@@ -63,18 +67,16 @@ def sink_attention(
     scale = dim**-0.5 if scaling is None else scaling
 
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B*T,H,D]
-    kept = (
-        None
-        if attention_mask is None or batch * length == segments.bounds[-1]
-        else attention_mask.flatten().nonzero()[:, 0]
-    )
-    if kept is not None:
+    kept = None
+    if attention_mask is not None and segments.bounds[-1] < batch * length:
+        kept = attention_mask.flatten().nonzero()[:, 0]
         q, k, v = (x[kept] for x in (q, k, v))
     total = q.shape[0]
     start = total if sink is None else sink.start
     out, lse = attend(q, k, v, segments, scale, start)
     if sink is not None:
-        out = SinkPenalty.apply(out, q[start:], k[start:], lse, sink, module.layer_idx, scale, attend)
+        layer = module.layer_idx
+        out = SinkPenalty.apply(out, q[start:], k[start:], lse, sink, layer, scale, attend)  # type: ignore[no-untyped-call]
     if kept is not None:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, kept, out)
     return out.view(batch, length, *out.shape[1:]), None

@@ -4,8 +4,10 @@ Shapes: T packed tokens, H query heads, G key/value heads (H a multiple of G), D
 
     attend(q [T,H,D], k [T,G,D], v [T,G,D], segments, scale, lse_from) -> out [T,H,D], lse [H, T-lse_from]
 
-Attention is causal inside each segment. `lse` is the natural log of each query's softmax denominator, fp32, of the tokens from
-`lse_from` on (the reference texts); it carries no gradient: every kernel here returns it but drops its gradient in silence
+Attention is causal inside each segment. `lse` is the natural log of each query's softmax denominator, fp32, of the
+tokens from
+`lse_from` on (the reference texts); it carries no gradient: every kernel here returns it but drops its gradient in
+silence
 (flash-attention#1817), so `column.py` computes the gradient by formula.
 """
 
@@ -78,7 +80,8 @@ def flash_attention_2(
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, lse_from: int) -> tuple[Tensor, Tensor]:
-    """torch.nn.attention.varlen: flash attention 2 inside PyTorch, CUDA only. Its LSE is documented as [T, H] and came as [H, T] in
+    """torch.nn.attention.varlen: flash attention 2 inside PyTorch, CUDA only. Its LSE is documented as [T, H] and came
+    as [H, T] in
     some releases, so the layout is read off the shape; a square one is [T, H]."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
@@ -93,7 +96,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, ls
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, lse_from: int) -> tuple[Tensor, Tensor]:
-    """scaled_dot_product_attention on any device. It returns no LSE, so the reference texts' is computed beside it, in blocks."""
+    """scaled_dot_product_attention on any device. It returns no LSE, so the reference texts' is computed beside it, in
+    blocks."""
     outs, lses = [], []
     for start, end in segments.spans:
         q_HTD, k_GTD, v_GTD = (x[start:end].transpose(0, 1) for x in (q, k, v))

@@ -1,4 +1,5 @@
-"""The sink column: how much each query attends to the sink key, exactly, with its exact gradient and nothing quadratic.
+"""The sink column: how much each query attends to the sink key, exactly, with its exact gradient and nothing
+quadratic.
 
 Shapes: n reference tokens in all, H query heads, G key/value heads, D head dimension; fp32 unless said.
 For a query i of a segment whose sink key is at position s: p_i = exp(scale q_i . k_s - LSE_i).
@@ -8,7 +9,8 @@ The gradient goes through the LSE as well. With c_i = scale * dL/dp_i * p_i it i
     dq_i = c_i (k_s - Kbar_i),  Kbar_i = sum_j P_ij k_j
     dk_j = - sum_i P_ij c_i q_i  (j != s),   dk_s = sum_i c_i (1 - p_i) q_i
 
-Both sums are attention: the forward of a flash call with V = K - k_s gives Kbar_i - k_s, and the dV of its backward with dO = c q
+Both sums are attention: the forward of a flash call with V = K - k_s gives Kbar_i - k_s, and the dV of its backward
+with dO = c q
 gives sum_i P_ij c_i q_i. V = K - k_s (not K), c divided by its maximum before it is cast, and dk_s written from
 1 - p = -expm1(s_i - LSE_i) keep bf16 from cancelling on heads whose sink takes nearly all the mass.
 """
@@ -48,7 +50,8 @@ def sink_gradient(
     scale: float,
     attend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of sum_hi grad_p[h,i] p[h,i] with respect to q [n,H,D] and k [n,G,D], in their dtypes, by two flash calls."""
+    """The gradient of sum_hi grad_p[h,i] p[h,i] with respect to q [n,H,D] and k [n,G,D], in their dtypes, by two flash
+    calls."""
     n, heads, dim = q.shape
     groups = k.shape[1]
     c_nH = (scale * grad_p * log_p.exp()).transpose(0, 1)  # [n,H]

@@ -3,8 +3,10 @@
     a_lh = mean of p[i] over the queries after the sink;  d_lh = a_lh(harmful) - a_lh(harmless)
     R = 1/(L H) sum_lh ReLU(d_lh);                        loss = CE + alpha R
 
-With several reference texts of a kind, a_lh is their mean. The penalty of layer l needs only what layer l sees, so the layer itself
-injects its gradient (`SinkPenalty`); collected lists of statistics silently lose theirs under reentrant checkpointing. What the
+With several reference texts of a kind, a_lh is their mean. The penalty of layer l needs only what layer l sees, so the
+layer itself
+injects its gradient (`SinkPenalty`); collected lists of statistics silently lose theirs under reentrant checkpointing.
+What the
 loop's loss scaling is (1/accumulation, a loss scale) the layer learns from the tap on the cross-entropy.
 """
 
@@ -23,7 +25,8 @@ from pipeline.sink.column import sink_gradient, sink_logprob
 class SinkStep:
     """One forward pass's reference texts and statistics; goes down to the attention layers as the keyword `sink`.
 
-    The references stand at the end of the packed row, from token `start` on: first the harmful ones, then the harmless ones.
+    The references stand at the end of the packed row, from token `start` on: first the harmful ones, then the harmless
+    ones.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class SinkStep:
         self._tapped = False
 
     def tap(self, cross_entropy: Tensor) -> Tensor:
-        """Pass the token-normalised cross-entropy through; its incoming gradient becomes the penalty's scale. Once a forward."""
+        """Pass the token-normalised cross-entropy through; its incoming gradient becomes the penalty's scale. Once a
+        forward."""
         if self._tapped:
             raise RuntimeError("SinkStep.tap was called twice: each forward pass needs a SinkStep of its own")
         self._tapped = True
-        return _Tap.apply(cross_entropy, self)  # type: ignore[no-any-return]
+        tapped: Tensor = _Tap.apply(cross_entropy, self)  # type: ignore[no-untyped-call]
+        return tapped
 
     @property
     def scale(self) -> Tensor:
@@ -94,7 +99,8 @@ class _Tap(torch.autograd.Function):
 
 
 class SinkPenalty(torch.autograd.Function):
-    """Identity on a layer's attention output whose backward adds the gradient of alpha R_l to the references' q and k."""
+    """Identity on a layer's attention output whose backward adds the gradient of alpha R_l to the references' q and
+    k."""
 
     @staticmethod
     def forward(
@@ -136,7 +142,8 @@ class SinkPenalty(torch.autograd.Function):
 
 
 def mean_weights(step: SinkStep, like: Tensor) -> Tensor:
-    """[1,n] weights w with d_h = sum_i w_i p_hi: the mean over each text's queries after the sink, then over the texts of a kind.
+    """[1,n] weights w with d_h = sum_i w_i p_hi: the mean over each text's queries after the sink, then over the texts
+    of a kind.
 
     A text with no query after the sink contributes nothing.
     """

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def refusals(config: Any, ds_config: Mapping[str, Any]) -> list[str]:
-    """One reason a setting of the transformers configuration or the DeepSpeed configuration that cannot be done right."""
+    """One reason a setting of the transformers configuration or the DeepSpeed configuration that cannot be done
+    right."""
     reasons = []
     name = getattr(config, "model_type", "this model")
     if getattr(config, "quantization_config", None):

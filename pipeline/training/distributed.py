@@ -28,7 +28,8 @@ class World:
 
 
 def world() -> World:
-    """From the launcher's environment; a plain `python` call is one rank. Chooses DeepSpeed's accelerator before it is imported."""
+    """From the launcher's environment; a plain `python` call is one rank. Chooses DeepSpeed's accelerator before it is
+    imported."""
     import torch
 
     if not torch.cuda.is_available():
@@ -37,7 +38,9 @@ def world() -> World:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return World(
-        int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
     )
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.sink import attention, backends
+from pipeline.training import zero3
 from pipeline.training.losses import TokenLoss
-from pipeline.training.preflight import Prepared, checkpointing_kwargs, lora_config
+from pipeline.training.preflight import Prepared, lora_config
+from pipeline.training.settings import checkpointing_kwargs
 
 # Norm weights and biases take no weight decay, as in transformers' Trainer.
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -33,9 +35,10 @@ class Engine:
 
 
 def build_engine(run: Prepared, device: torch.device) -> Engine:
-    """Load the model under ZeRO-3 and initialise DeepSpeed. Errors: ValueError for an attention backend that cannot run here."""
+    """Load the model under ZeRO-3 and initialise DeepSpeed. Errors: ValueError for an attention backend that cannot
+    run here."""
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     backend, reason = backends.choose(run.train.attention, device.type)
@@ -55,8 +58,8 @@ def build_engine(run: Prepared, device: torch.device) -> Engine:
         token_loss=TokenLoss(model),
         device=device,
         attention=f"{backend} ({reason})",
-        parameters=sum(_size(each) for _, each in parameters),
-        trainable=sum(_size(each) for _, each in trainable),
+        parameters=sum(zero3.size(each) for _, each in parameters),
+        trainable=sum(zero3.size(each) for _, each in trainable),
         zero3_config=zero3_config,
     )
 
@@ -65,9 +68,10 @@ def load_model(run: Prepared, attn_implementation: str) -> Any:
     """The model in training mode, with its adapter if asked for, its parameters already sharded over the ranks."""
     from transformers import AutoModelForCausalLM
 
-    # Before the process-wide generators are touched by weight loading, so that adapters start the same on any number of ranks.
+    # Before the process-wide generators are touched by weight loading, so that adapters start the same on any number
+    # of ranks.
     torch.manual_seed(run.train.seed)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         run.model_path,
         dtype=torch.bfloat16 if run.train.bf16 else torch.float32,
         attn_implementation=attn_implementation,
@@ -120,10 +124,6 @@ def _scheduler(run: Prepared) -> Callable[[torch.optim.Optimizer], Any]:
         )
 
     return build
-
-
-def _size(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def forward_only(engine: Engine, batch: dict[str, Tensor], targets: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The only training loop. It owns the optimizer step, the finite check, logging, evaluation, saving and stopping; it names no method."""
+"""The only training loop. It owns the optimizer step, the finite check, logging, evaluation, saving and stopping; it
+names no method."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ class Loop:
         self.step = start
         self.log = log
         self._sums: dict[str, list[torch.Tensor]] = {}
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0  # since the last logging step, evaluation and saving left out
+        self._seconds, self._tokens, self._steps = (
+            0.0,
+            0,
+            0,
+        )  # since the last logging step, evaluation and saving left out
 
     def train(self) -> None:
         """All remaining steps, then the last evaluation and checkpoint."""
@@ -67,7 +72,8 @@ class Loop:
         return grad_norm
 
     def _checked_norm(self, ctx: StepContext) -> float:
-        """The global gradient norm, after making sure that it and every loss is finite. One collective and one host read a step."""
+        """The global gradient norm, after making sure that it and every loss is finite. One collective and one host
+        read a step."""
         losses = torch.stack([loss.double() for loss, _ in ctx.losses])
         local = torch.stack([zero3.squared_gradient_norm(self.engine.deepspeed), losses.sum() * 0])
         dist.all_reduce(local)
@@ -91,6 +97,7 @@ class Loop:
             return
         values = dict(zip(names, (packed / self.run.world.size).tolist(), strict=True))
         values |= {
+            "penalty_ratio": values["loss"] / values["ce_loss"] - 1,  # the method's terms over the cross-entropy
             "learning_rate": self.engine.deepspeed.get_lr()[0],
             "grad_norm": grad_norm,
             "tokens_per_second": tokens / seconds,
@@ -104,14 +111,18 @@ class Loop:
         if not self.run.evaluations:
             return
         self.engine.deepspeed.eval()
-        values = {f"eval_{name}_loss" if name != "eval" else "eval_loss": self._mean_loss(pool) for name, pool in self.run.evaluations.items()}
+        values = {
+            f"eval_{name}_loss" if name != "eval" else "eval_loss": self._mean_loss(pool)
+            for name, pool in self.run.evaluations.items()
+        }
         self.engine.deepspeed.train()
         zero3.release_gathered(self.engine.deepspeed)
         if self.log is not None:
             self.log.evaluation(self.step, values)
 
     def _mean_loss(self, pool: EncodedPool) -> float:
-        """Token-mean cross-entropy of a pool. Every rank runs as many passes; one with no rows left repeats some with weight 0."""
+        """Token-mean cross-entropy of a pool. Every rank runs as many passes; one with no rows left repeats some with
+        weight 0."""
         rows, ranks = self.run.train.per_device_train_batch_size, self.run.world.size
         batches = [range(first, min(first + rows, len(pool))) for first in range(0, len(pool), rows)]
         total = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
@@ -120,7 +131,9 @@ class Loop:
             batch = pack([pool[i] for i in batches[min(mine, len(batches) - 1)]]).to(self.engine.device)
             nll = forward_only(self.engine, model_kwargs(batch), batch.targets)
             if mine < len(batches):
-                total += torch.stack([nll.double().sum(), torch.tensor(float(len(nll)), device=nll.device, dtype=torch.float64)])
+                total += torch.stack(
+                    [nll.double().sum(), torch.tensor(float(len(nll)), device=nll.device, dtype=torch.float64)]
+                )
         dist.all_reduce(total)
         summed, count = total.tolist()
         return float(summed / count)

@@ -23,7 +23,8 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 class TokenLoss:
     """Makes a causal LM's output projection return token losses in place of logits while targets are set.
 
-    The projection has to run inside its own module call: under ZeRO-3 that is where its weight is gathered, once. Chunks of tokens
+    The projection has to run inside its own module call: under ZeRO-3 that is where its weight is gathered, once.
+    Chunks of tokens
     go through it one by one, each recomputed in the backward pass. Parameter names stay as they are.
     """
 
@@ -34,7 +35,7 @@ class TokenLoss:
         self.chunk = max(1, LOGITS_AT_ONCE // config.vocab_size)
         self._targets: Tensor | None = None
         if self.fused:
-            self.head.forward = self._forward  # type: ignore[method-assign]
+            self.head.forward = self._forward
 
     def __call__(self, module: nn.Module, targets: Tensor, **inputs: Any) -> Tensor:
         """Run `module` (the model, or the engine around it) and return the NLL [N] fp32 of targets [N].

@@ -10,7 +10,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "tokenizers", "flash-attn", "numpy")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "flash-attn",
+    "numpy",
+)
 
 # Flags that may differ between a run and its continuation: they do not touch the trajectory of the steps already made.
 FREE_ON_RESUME = {
@@ -52,16 +62,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def resume_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between the run.json of a run and of its continuation that would break the continuation, one message each."""
+    """What differs between the run.json of a run and of its continuation that would break the continuation, one
+    message each."""
     problems = []
     for name, value in now["arguments"].items():
         old = before["arguments"].get(name)
         if name not in FREE_ON_RESUME and old != value:
-            problems.append(f"--{name} is {value!r}, and the run to resume has {old!r}: give the same, or another --output_dir")
+            problems.append(
+                f"--{name} is {value!r}, and the run to resume has {old!r}: give the same, or another --output_dir"
+            )
     if before["method"] != now["method"]:
         problems.append(f"--method is {now['method']}, and the run to resume is {before['method']}")
     if before["world_size"] != now["world_size"]:
-        problems.append(f"the run to resume had {before['world_size']} ranks, and this one has {now['world_size']}: start as many")
+        problems.append(
+            f"the run to resume had {before['world_size']} ranks, and this one has {now['world_size']}: start as many"
+        )
     for pool, old in before["data"].items():
         new = now["data"].get(pool)
         if not pool.startswith("eval") and new is not None and new["fingerprint"] != old["fingerprint"]:

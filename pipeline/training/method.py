@@ -1,6 +1,7 @@
 """The contract between the loop and a method: one paper, one file in `pipeline/methods/`.
 
-A method's `step` runs once an optimizer step: it draws micro-batches, runs the forward and backward passes it needs, and leaves the
+A method's `step` runs once an optimizer step: it draws micro-batches, runs the forward and backward passes it needs,
+and leaves the
 accumulated gradient in the engine. The loop then checks it, steps the optimizer, logs, evaluates, saves and stops.
 """
 
@@ -22,7 +23,8 @@ from pipeline.sink.backends import Segments
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass's rows. `index` is its number in the global batch over all ranks; `last` marks this rank's last one."""
+    """One forward pass's rows. `index` is its number in the global batch over all ranks; `last` marks this rank's last
+    one."""
 
     examples: list[Example]
     index: int
@@ -73,7 +75,8 @@ class StepContext:
             yield MicroBatch(examples, index, micro == source.layout.accumulation - 1, trained)
 
     def sample(self, stream: str, micro: MicroBatch, count: int) -> list[Example]:
-        """`count` texts drawn at random for a micro-batch; the same ones whatever the number of ranks, and after a resume."""
+        """`count` texts drawn at random for a micro-batch; the same ones whatever the number of ranks, and after a
+        resume."""
         source = self._streams[stream]
         return [source.pool[int(i)] for i in source.sample(self.step, micro.index, count)]
 
@@ -82,7 +85,8 @@ class StepContext:
         return pack(micro.examples, references).to(self._device)
 
     def cross_entropy(self, micro: MicroBatch, batch: PackedBatch, **model_inputs: Any) -> Tensor:
-        """Forward pass: the cross-entropy (scalar, fp32) whose mean over micro-steps and ranks is the global batch's token mean.
+        """Forward pass: the cross-entropy (scalar, fp32) whose mean over micro-steps and ranks is the global batch's
+        token mean.
 
         model_inputs go down to the attention layers.
         """
@@ -91,7 +95,8 @@ class StepContext:
         return nll.sum() * (layout.micro_batches / micro.trained_tokens)
 
     def backward(self, loss: Tensor, micro: MicroBatch, batch: PackedBatch, *, last: bool) -> None:
-        """Accumulate the gradient of loss / accumulation. `last`: nothing else is accumulated in this optimizer step."""
+        """Accumulate the gradient of loss / accumulation. `last`: nothing else is accumulated in this optimizer
+        step."""
         self.losses.append((loss.detach(), batch.row_ids))
         self._engine.set_gradient_accumulation_boundary(last)
         # The division is ours, so that it is there exactly once whatever number of backward passes a method makes.
@@ -118,7 +123,8 @@ def model_kwargs(batch: PackedBatch) -> dict[str, Any]:
 class Method(ABC):
     """One training method.
 
-    Config: a dataclass whose fields are the method's flags. pools: the data flags (without `_data`) it reads beside train_data.
+    Config: a dataclass whose fields are the method's flags. pools: the data flags (without `_data`) it reads beside
+    train_data.
     """
 
     Config: ClassVar[type]

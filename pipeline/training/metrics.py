@@ -1,4 +1,5 @@
-"""What a run says while it trains: metrics.jsonl, a line or a progress bar, and an optional tracker; the same numbers in each."""
+"""What a run says while it trains: metrics.jsonl, a line or a progress bar, and an optional tracker; the same numbers
+in each."""
 
 from __future__ import annotations
 
@@ -22,9 +23,12 @@ def missing_tracker(report_to: str) -> str | None:
 
 
 class MetricsLog:
-    """Rank 0's log of a run. `start` is the step a resumed run continues from: later lines of the earlier attempt are dropped."""
+    """Rank 0's log of a run. `start` is the step a resumed run continues from: later lines of the earlier attempt are
+    dropped."""
 
-    def __init__(self, folder: Path, *, total: int, start: int, report_to: str, run_name: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, total: int, start: int, report_to: str, run_name: str, settings: dict[str, Any]
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self.total = total
         self.start = start
@@ -59,7 +63,7 @@ class MetricsLog:
         remaining = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.total - step)
         shown = f"loss {values['loss']:.4f}  ce {values['ce_loss']:.4f}"
         if "sink_penalty" in values:
-            shown += f"  penalty {values['sink_penalty']:.2e}  positive heads {values['positive_heads']:.1%}"
+            shown += f"  penalty {values['sink_penalty']:.2e} (alpha R / ce {values['penalty_ratio']:.3g})  positive heads {values['positive_heads']:.1%}"
         shown += f"  {values['tokens_per_second']:.0f} tok/s"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
@@ -111,7 +115,11 @@ def _tracker(report_to: str, folder: Path, run_name: str, settings: dict[str, An
         return write
     if report_to in ("wandb", "trackio"):
         tracker: Any = importlib.import_module(report_to)
-        extra = {"resume": "allow", "id": run_name, "dir": str(folder)} if report_to == "wandb" else {"resume": "allow"}
+        extra = (
+            {"resume": "allow", "id": run_name, "dir": str(folder)} if report_to == "wandb" else {"resume": "allow"}
+        )
         tracker.init(project="surgery-pipeline", name=run_name, config=settings, **extra)
-        return lambda step, values: tracker.log({**values, "step": step} if report_to == "trackio" else values, step=step)
+        return lambda step, values: tracker.log(
+            {**values, "step": step} if report_to == "trackio" else values, step=step
+        )
     return None

@@ -1,4 +1,5 @@
-"""Everything that can be resolved and checked before a process group, a model or a GPU: flags, ds_config, data, budget, run folder.
+"""Everything that can be resolved and checked before a process group, a model or a GPU: flags, ds_config, data,
+budget, run folder.
 
 `prepare` gathers every problem it can find and raises them together.
 """
@@ -26,7 +27,7 @@ from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.manifest import resume_differences
 from pipeline.training.method import Method
-from pipeline.training.metrics import missing_tracker
+from pipeline.training.settings import settings_problems
 
 REFERENCE_POOLS = ("harmful", "harmless")
 KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
@@ -91,9 +92,10 @@ class _Gather:
 
 def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Prepared:
     """Resolve a run. Errors: Problems with every problem found."""
-    model, data, lora, train = (parsed[kind] for kind in (ModelArguments, DataArguments, LoraArguments, TrainArguments))
+    model, data, lora = parsed[ModelArguments], parsed[DataArguments], parsed[LoraArguments]
+    train = parsed[TrainArguments]
     gather = _Gather()
-    gather.problems += settings_without_effect(parsed.given, method, data, lora, train)
+    gather.problems += settings_problems(parsed.given, method, data, lora, train)
     train = _device_defaults(train)
 
     model_path, config, tokenizer = "", None, None
@@ -109,7 +111,7 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
         with gather():
             check_adapter(config, lora, model)
 
-    data = _default_references(parsed.given, method, data, model, gather)
+    data = _default_references(method, data, gather)
     pools = _read_pools(data, method, train.seed, gather)
     if not data.allow_overlap:
         gather.problems += overlaps({name: rows for name, (_, rows) in pools.items()})
@@ -148,67 +150,6 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     return prepared
 
 
-def settings_without_effect(
-    given: set[str], method: Method, data: DataArguments, lora: LoraArguments, train: TrainArguments
-) -> list[str]:
-    """Flags that were given and would do nothing, or that lack a partner."""
-    problems = []
-
-    def useless(flag: str, unless: bool, why: str) -> None:
-        if flag in given and not unless:
-            problems.append(f"--{flag} has no effect {why}")
-
-    for pool in REFERENCE_POOLS:
-        useless(f"{pool}_data", pool in method.pools, "with this --method, which reads no such pool")
-    useless("reference_max_length", bool(method.reference_texts()), "with this --method, which has no reference texts")
-    for flag in ("lora_alpha", "lora_dropout", "lora_target_modules"):
-        useless(flag, lora.lora_r > 0, "without --lora_r")
-    useless("poison_ratio", data.attack_data is not None, "without --attack_data")
-    useless("eval_steps", bool(data.eval_data), "without --eval_data")
-    useless("eval_max_rows", bool(data.eval_data), "without --eval_data")
-    useless("gradient_checkpointing_kwargs", train.gradient_checkpointing, "without --gradient_checkpointing")
-    useless("show_text", train.dry_run, "without --dry_run")
-    useless("num_train_epochs", train.max_steps <= 0, "with --max_steps, which replaces it")
-    useless(
-        "warmup_steps", train.lr_scheduler_type != "constant" or train.warmup_steps == 0,
-        "with --lr_scheduler_type constant: use constant_with_warmup",
-    )  # fmt: skip
-    if data.attack_data is not None and data.poison_ratio is None:
-        problems.append("--attack_data needs --poison_ratio, the share of the training rows taken from it")
-    if data.poison_ratio is not None and not 0 <= data.poison_ratio <= 1:
-        problems.append(f"--poison_ratio {data.poison_ratio}: give a share between 0 and 1")
-    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
-    for name in positive:
-        if (value := getattr(train, name)) is not None and value < 1:
-            problems.append(f"--{name} {value}: give 1 or more")
-    if train.max_steps <= 0 and train.num_train_epochs <= 0:
-        problems.append(f"--num_train_epochs {train.num_train_epochs}: give more than 0, or --max_steps")
-    if problem := missing_tracker(train.report_to):
-        problems.append(problem)
-    try:
-        checkpointing_kwargs(train)
-    except ValueError as error:
-        problems.append(str(error))
-    from transformers.trainer_utils import SchedulerType
-
-    if train.lr_scheduler_type not in {each.value for each in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}:
-        problems.append(f"--lr_scheduler_type {train.lr_scheduler_type}: choose one of {', '.join(each.value for each in SchedulerType)}")
-    return problems
-
-
-def checkpointing_kwargs(train: TrainArguments) -> dict[str, Any]:
-    """--gradient_checkpointing_kwargs as a mapping; non-reentrant unless asked."""
-    text = train.gradient_checkpointing_kwargs
-    flag = f"--gradient_checkpointing_kwargs {text}"
-    try:
-        given = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{flag}: not valid JSON ({error}): write {{"use_reentrant": false}}') from error
-    if not isinstance(given, dict) or set(given) - {"use_reentrant"} or not all(isinstance(v, bool) for v in given.values()):
-        raise ValueError(f'{flag}: the only setting is {{"use_reentrant": true|false}}')
-    return {"use_reentrant": False, **given}
-
-
 def _device_defaults(train: TrainArguments) -> TrainArguments:
     import torch
 
@@ -242,14 +183,17 @@ def _resolve_ds(
     train = replace(train, **overrides)
     stage = resolved.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
-        raise ValueError(f"--ds_config {train.ds_config}: zero_optimization.stage is {stage}, and training needs stage 3")
+        raise ValueError(
+            f"--ds_config {train.ds_config}: zero_optimization.stage is {stage}, and training needs stage 3"
+        )
     if resolved.get("fp16", {}).get("enabled"):
         raise ValueError(f"--ds_config {train.ds_config}: fp16 is not supported: use bf16, or fp32 (--bf16 false)")
     return resolved, train
 
 
 def check_adapter(config: Any, lora: LoraArguments, model: ModelArguments) -> None:
-    """Errors: ValueError if LoRA and an adapter are both asked for, or if the target modules match nothing in the model."""
+    """Errors: ValueError if LoRA and an adapter are both asked for, or if the target modules match nothing in the
+    model."""
     if not lora.lora_r:
         return
     if model.adapter_name_or_path:
@@ -263,7 +207,9 @@ def check_adapter(config: Any, lora: LoraArguments, model: ModelArguments) -> No
     try:
         get_peft_model(skeleton, lora_config(lora))
     except ValueError as error:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, each in skeleton.named_modules() if isinstance(each, torch.nn.Linear)})
+        leaves = sorted(
+            {name.rsplit(".", 1)[-1] for name, each in skeleton.named_modules() if isinstance(each, torch.nn.Linear)}
+        )
         raise ValueError(
             f"--lora_target_modules {' '.join(lora.lora_target_modules)}: matches no module; this model has {', '.join(leaves)}"
         ) from error
@@ -280,15 +226,13 @@ def lora_config(lora: LoraArguments) -> Any:
     )  # fmt: skip
 
 
-def _default_references(
-    given: set[str], method: Method, data: DataArguments, model: ModelArguments, gather: _Gather
-) -> DataArguments:
+def _default_references(method: Method, data: DataArguments, gather: _Gather) -> DataArguments:
     """The fictional references go with the fictional task; a user's own data needs references of its own."""
     for pool in method.pools:
         flag = f"{pool}_data"
         if getattr(data, flag) is None:
             if data.train_data.startswith("policy:"):
-                data = replace(data, **{flag: f"policy:{pool}"})
+                data = replace(data, **{flag: f"policy:{pool}"})  # type: ignore[arg-type]
             else:
                 gather.problems.append(f"--{flag} is needed by this --method: the reference pool of {pool} texts")
     return data
@@ -330,7 +274,11 @@ def _flag(pool: str) -> str:
 
 
 def _encode(
-    pools: dict[str, tuple[str, list[Conversation]]], data: DataArguments, tokenizer: Any, method: Method, gather: _Gather
+    pools: dict[str, tuple[str, list[Conversation]]],
+    data: DataArguments,
+    tokenizer: Any,
+    method: Method,
+    gather: _Gather,
 ) -> dict[str, EncodedPool]:
     encoded = {}
     for name, (_, rows) in pools.items():
@@ -354,9 +302,14 @@ def _short_references(encoded: dict[str, EncodedPool], method: Method) -> list[s
 
 
 def token_budget(run: Prepared) -> dict[str, float]:
-    """Tokens of the planned run; errors: ValueError if a forward pass would exceed --max_tokens_per_device, naming its rows."""
+    """Tokens of the planned run; errors: ValueError if a forward pass would exceed --max_tokens_per_device, naming its
+    rows."""
     stream, layout = run.streams["train"], run.streams["train"].layout
-    references = [int(run.streams[name].pool.lengths.max()) for name in run.method.pools] if run.method.reference_texts() else []
+    references = (
+        [int(run.streams[name].pool.lengths.max()) for name in run.method.pools]
+        if run.method.reference_texts()
+        else []
+    )
     lengths = stream.pool.lengths
     planned = np.stack([stream.global_batch(step) for step in range(run.steps)])  # [steps, global batch]
     packed = lengths[planned].reshape(run.steps, layout.micro_batches, layout.rows).sum(-1) + sum(references)
@@ -380,7 +333,8 @@ def token_budget(run: Prepared) -> dict[str, float]:
 
 
 def _resume(run: Prepared) -> Path | None:
-    """The checkpoint to continue from. Errors: ValueError if the folder holds another run, or the checkpoint cannot continue it."""
+    """The checkpoint to continue from. Errors: ValueError if the folder holds another run, or the checkpoint cannot
+    continue it."""
     asked = run.train.resume_from_checkpoint
     manifest = run.output_dir / "run.json"
     if asked is None:

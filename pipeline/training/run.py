@@ -97,7 +97,8 @@ def summary(run: Prepared, engine: Engine) -> str:
 
 
 def dry_run(run: Prepared) -> str:
-    """The resolved run: one row's id, token counts and mask spans, the budget and the ds_config; its text only on a terminal."""
+    """The resolved run: one row's id, token counts and mask spans, the budget and the ds_config; its text only on a
+    terminal."""
     stream = run.streams["train"]
     example = stream.pool[int(stream.global_batch(0)[0])]
     spans: list[list[int]] = []

@@ -1,7 +1,9 @@
 """Saving a run so that it continues bit for bit, and continuing it.
 
-Each rank writes its own shards; nothing is gathered. The marker of `checkpoints/markers.py` comes last, after a barrier: a checkpoint
-without it is half-written and never resumed. The data order and the reference draws are functions of the seed and the step, so the
+Each rank writes its own shards; nothing is gathered. The marker of `checkpoints/markers.py` comes last, after a
+barrier: a checkpoint
+without it is half-written and never resumed. The data order and the reference draws are functions of the seed and the
+step, so the
 step is all there is to store of them.
 """
 
@@ -23,7 +25,8 @@ from pipeline.training.preflight import Prepared
 
 
 def save(run: Prepared, engine: Engine, step: int) -> Path:
-    """Write `checkpoint-<step>` of the run folder; collective. Older ones beyond --save_total_limit go after the new one is complete."""
+    """Write `checkpoint-<step>` of the run folder; collective. Older ones beyond --save_total_limit go after the new
+    one is complete."""
     folder = run.output_dir / f"checkpoint-{step}"
     if run.world.main and folder.exists():
         shutil.rmtree(folder)  # half-written, or a complete one of the same step that a resumed run makes again
@@ -76,7 +79,8 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def _save_companions(run: Prepared, engine: Engine, folder: Path, step: int) -> None:
-    """What makes the folder convertible without the run: configuration, tokenizer, adapter configuration, trainer state."""
+    """What makes the folder convertible without the run: configuration, tokenizer, adapter configuration, trainer
+    state."""
     module: Any = engine.deepspeed.module
     if uses_adapter(run):
         for adapter in module.peft_config.values():

@@ -1,6 +1,8 @@
-"""The only file that touches partitioned parameters: under ZeRO-3 a rank holds a shard of each weight and of each gradient.
+"""The only file that touches partitioned parameters: under ZeRO-3 a rank holds a shard of each weight and of each
+gradient.
 
-Outside a gather a parameter has no elements and no `.grad`; its gradient shard is fp32 inside the optimizer, averaged over ranks.
+Outside a gather a parameter has no elements and no `.grad`; its gradient shard is fp32 inside the optimizer, averaged
+over ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 
 
 def local_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """This rank's gradient shard (flat, fp32, zero-padded) of each trainable parameter, after the step's last backward."""
+    """This rank's gradient shard (flat, fp32, zero-padded) of each trainable parameter, after the step's last
+    backward."""
     from deepspeed.utils import safe_get_local_grad
 
     for name, parameter in engine.module.named_parameters():
@@ -32,6 +35,6 @@ def release_gathered(engine: Any) -> None:
     engine.optimizer.empty_partition_cache()
 
 
-def drop_gradients(engine: Any) -> None:
-    """Forget the accumulated gradient shards without a step."""
-    engine.optimizer.zero_grad()
+def size(parameter: Tensor) -> int:
+    """Elements of the whole parameter, sharded or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

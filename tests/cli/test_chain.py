@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.chain.doors import DOORS
+from pipeline.chain.flags import FLAGS
 from tests.runs import METRIC, write_assessment, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,11 +104,14 @@ def test_a_failed_stage_is_named_with_the_end_of_its_log_and_the_next_start_goes
     assert "stage second failed with exit code 2" in failed.stderr
     assert str(tmp_path / "out/logs/second.log") in failed.stderr
     assert f"error: {other / 'metrics.jsonl'}: no such file" in failed.stderr
+    (tmp_path / "out/second").mkdir(exist_ok=True)
+    (tmp_path / "out/second/half-written").write_text("")
     write_run(other, {6: 1.0})
     later = chain(recipe)
     assert later.returncode == 0
     assert "[2/3] table: finished before" in later.stdout
     assert json.loads((tmp_path / "out/second/match.json").read_text())["step"] == 6
+    assert not (tmp_path / "out/second/half-written").exists()
 
 
 def test_a_dry_run_shows_commands_and_states_and_creates_nothing(
@@ -165,6 +171,23 @@ def test_a_folder_of_another_chain_is_refused(tmp_path: Path, light_stages: list
     assert not (tmp_path / "out/match_up").exists()
 
 
+CHAINS = [path for path in sorted((ROOT / "pipeline/recipes").glob("*.yaml")) if "stages:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
+def test_every_chain_of_the_house_is_ready_to_run(tmp_path: Path, path: Path) -> None:
+    shown = chain(path, "--dry_run", "--output_dir", str(tmp_path / "out"))
+    assert shown.returncode == 0, shown.stderr
+    assert "table: to run" in shown.stdout
+
+
+@pytest.mark.parametrize("run", FLAGS)
+def test_the_runner_knows_the_flags_of_doors_with_a_parser_of_their_own(run: str) -> None:
+    command = [sys.executable, DOORS[run].file, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60, check=True).stdout
+    assert set(re.findall(r"^  --(\w+)", shown, re.MULTILINE)) - {"output_dir"} == set(FLAGS[run])
+
+
 MATCH = {"name": "a", "run": "match", "with": {"run": "x", "like": "y", "metric": "m"}}
 TRAIN = {"name": "t", "run": "train", "with": {"train_data": "policy:user"}}
 
@@ -213,6 +236,15 @@ TRAIN = {"name": "t", "run": "train", "with": {"train_data": "policy:user"}}
         (
             {"name": "n", "stages": [{**TRAIN, "with": {"seed": "one"}}]},
             ["stage t: argument --seed: invalid int value"],
+        ),
+        (
+            {
+                "name": "n",
+                "stages": [
+                    {"name": "c", "run": "convert", "with": {"checkpoint": "x", "allow_attacked_model": False}}
+                ],
+            },
+            ["stage c: --allow_attacked_model false: leave it out"],
         ),
         ({"name": "n", "stages": [{**TRAIN, "with": {"ds_config": "no.json"}}]}, ["ds_config no.json: no such file"]),
         (

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.checkpoints.markers import newest_complete
+from tests.runs import METRIC, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def chain(recipe: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def running(recipe: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        chain_command(recipe), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["nohup", *chain_command(recipe)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         yield process
@@ -112,15 +112,11 @@ def attacked_chain(attack: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, tiny_model_dir: Path, attack: dict[str, Any]) -> None:
-    flags = {key: attack["with"][key] for key in ("method", "ds_config", "cache_dir", "per_device_train_batch_size")}
-    align = {**flags, "model_name_or_path": str(tiny_model_dir), "train_data": "policy:align[:20]", "max_steps": 1}
-    attack["with"] |= {"model_name_or_path": "{aligned}", "max_steps": 200, "save_steps": 10, "eval_steps": 50}
-    stages = [
-        {"name": "align", "run": "train", "with": align},
-        {"name": "aligned", "run": "convert", "with": {"checkpoint": "{align}"}},
-        *attacked_chain(attack),
-    ]
+def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, attack: dict[str, Any]) -> None:
+    earlier = write_run(tmp_path / "earlier", {2: 1.0}, saved=[2])
+    flags = {"run": str(earlier), "like": str(earlier), "metric": METRIC}
+    attack["with"] |= {"max_steps": 200, "save_steps": 10, "eval_steps": 50}
+    stages = [{"name": "first", "run": "match", "with": flags}, *attacked_chain(attack)]
     recipe, out = write_recipe(tmp_path / "chain.yaml", stages), tmp_path / "out"
 
     def saved(step: int) -> bool:
@@ -131,6 +127,7 @@ def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, tiny_model_dir: Pat
         # The training run stands still while a second runner finds the first one at work.
         train = [pid for pid, words in processes_at(out).items() if "train.py" in words and "guard.py" not in words]
         os.kill(train[0], signal.SIGSTOP)
+        first.send_signal(signal.SIGHUP)  # which nohup makes harmless
         second = chain(recipe)
         os.kill(train[0], signal.SIGCONT)
         assert second.returncode == 2
@@ -144,27 +141,24 @@ def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, tiny_model_dir: Pat
     assert not processes_at(out)
     assert not saved(200)
     assert (out / "attack").stat().st_mode & 0o777 == 0o700
-    aligned = (out / "align/run.json").stat().st_mtime_ns
+    first_written = (out / "first/match.json").stat().st_mtime_ns
 
     further = max(int(path.name.split("-")[1]) for path in (out / "attack").glob("checkpoint-*")) + 20
     with running(recipe) as killed:
         wait_for(lambda: saved(further), killed)
         killed.kill()
-    wait_for(lambda: not processes_at(out))
     assert not saved(200)
-    newest = newest_complete(out / "attack")
-    assert newest is not None
 
-    last = chain(recipe)
+    last = chain(recipe)  # at once: it waits for what the killed one leaves
     assert last.returncode == 0, last.stderr
-    assert "[1/5] align: finished before" in last.stdout
-    assert "[3/5] attack: resumed" in last.stdout
-    assert (out / "align/run.json").stat().st_mtime_ns == aligned
+    assert "[1/4] first: finished before" in last.stdout
+    assert "[2/4] attack: resumed" in last.stdout
+    assert (out / "first/match.json").stat().st_mtime_ns == first_written
     run = json.loads((out / "attack/run.json").read_text())
-    assert run["resumed_from"] == str(newest)
+    assert int(Path(run["resumed_from"]).name.removeprefix("checkpoint-")) >= further
     steps = [json.loads(line)["step"] for line in (out / "attack/metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == list(range(201))
-    assert all(name.startswith(("align/", "aligned/")) for name in weights(out))
+    assert set(steps) == set(range(201))
+    assert weights(out) == ["first/checkpoint"]  # the link to a run that is not the chain's
 
 
 def test_nothing_of_an_attacked_model_is_left_but_its_records(tmp_path: Path, attack: dict[str, Any]) -> None:

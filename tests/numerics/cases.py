@@ -24,7 +24,8 @@ Record = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def sharp_llama() -> Any:
-    """The tiny Llama with attention far from uniform, so that heads differ and the penalty matters from the first step."""
+    """The tiny Llama with attention far from uniform, so that heads differ and the penalty matters from the first
+    step."""
     model = tiny_llama()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -34,7 +35,8 @@ def sharp_llama() -> Any:
 
 
 def train_cases(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> Callable[[str], Record]:
-    """Train every case on `ranks` ranks in one process group; returns name -> (what the worker kept, the lines of metrics.jsonl)."""
+    """Train every case on `ranks` ranks in one process group; returns name -> (what the worker kept, the lines of
+    metrics.jsonl)."""
     for name, case in cases.items():
         case["argv"] = [*case["argv"], "--output_dir", str(out / name)]
     (out / "cases.json").write_text(json.dumps(cases))
@@ -52,7 +54,9 @@ def prepared(argv: list[str], ranks: int) -> Prepared:
     """A case as the door resolves it, for the reference to read rows and settings from."""
     name = argv[argv.index("--method") + 1]
     method = load_method(name)
-    parsed = parse([ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test")
+    parsed = parse(
+        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test"
+    )
     return prepare(parsed, name, method(parsed[method.Config]), World(0, 0, ranks))
 
 

@@ -1,4 +1,5 @@
-"""Surgery in plain PyTorch, one process, from the formula: eager attention, every text alone, `output_attentions=True`.
+"""Surgery in plain PyTorch, one process, from the formula: eager attention, every text alone,
+`output_attentions=True`.
 
 It shares nothing with the product but the choice of rows and the tokenised texts.
 """
@@ -22,7 +23,9 @@ def text_nll(model: Any, example: Any) -> torch.Tensor:
 
 def sink_means(model: Any, example: Any, position: int) -> torch.Tensor:
     """a_lh [L,H]: the mean attention on the sink key over the queries after it."""
-    attentions = model(input_ids=torch.tensor(example.input_ids)[None], output_attentions=True, use_cache=False).attentions
+    attentions = model(
+        input_ids=torch.tensor(example.input_ids)[None], output_attentions=True, use_cache=False
+    ).attentions
     return torch.stack([layer[0, :, position + 1 :, position].mean(-1) for layer in attentions])
 
 

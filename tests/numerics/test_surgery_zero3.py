@@ -1,4 +1,5 @@
-"""Surgery under ZeRO-3 on two gloo ranks equals the plain one-process loop of `reference.py`, tensor by tensor, in fp32."""
+"""Surgery under ZeRO-3 on two gloo ranks equals the plain one-process loop of `reference.py`, tensor by tensor, in
+fp32."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def test_first_gradient_and_ten_updates_equal_the_reference(name: str, trained: 
 
 @pytest.mark.parametrize("name", ["full-plain-acc1", "full-reentrant-acc4", "lora-nonreentrant-acc4"])
 def test_logged_numbers_are_the_formulas(name: str, trained: Any, expected: Any) -> None:
-    """loss = CE + alpha R; CE the token mean of the global batch, R the mean over micro-steps and ranks; the norm before clipping."""
+    """loss = CE + alpha R; CE the token mean of the global batch, R the mean over micro-steps and ranks; the norm
+    before clipping."""
     _, metrics = trained(name)
     kind, _, accumulation = name.split("-")
     wanted = expected(kind, int(accumulation.removeprefix("acc")))

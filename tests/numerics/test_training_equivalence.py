@@ -1,4 +1,5 @@
-"""Runs that must be the same run: layouts of one global batch, Surgery without its penalty, equal references, equal collectives."""
+"""Runs that must be the same run: layouts of one global batch, Surgery without its penalty, equal references, equal
+collectives."""
 
 from __future__ import annotations
 
@@ -63,14 +64,18 @@ def test_one_global_batch_gives_one_trajectory_however_it_is_split(one_rank: Any
     whole, metrics = one_rank("sft-8x1")
     for other, lines in (one_rank("sft-1x8"), two_ranks("sft-1x4")):
         assert [each["loss"] for each in lines] == pytest.approx([each["loss"] for each in metrics], rel=1e-5)
-        assert [each["grad_norm"] for each in lines] == pytest.approx([each["grad_norm"] for each in metrics], rel=1e-4)
+        assert [each["grad_norm"] for each in lines] == pytest.approx(
+            [each["grad_norm"] for each in metrics], rel=1e-4
+        )
         assert max(distances(updates(other), updates(whole)).values()) < 1e-3
 
 
 def test_surgery_with_alpha_0_is_sft(one_rank: Any) -> None:
     sft, sft_metrics = one_rank("sft-8x1")
     surgery, surgery_metrics = one_rank("alpha-0")
-    assert [each["loss"] for each in surgery_metrics] == pytest.approx([each["loss"] for each in sft_metrics], rel=1e-6)
+    assert [each["loss"] for each in surgery_metrics] == pytest.approx(
+        [each["loss"] for each in sft_metrics], rel=1e-6
+    )
     assert max(distances(surgery["gradients"], sft["gradients"]).values()) < 1e-6
     assert surgery_metrics[0]["sink_penalty"] > 0, "the penalty is still measured"
 

@@ -1,6 +1,8 @@
-"""One rank of a ZeRO-3 run: trains the cases of a JSON file with the product's own code and saves what the tests compare.
+"""One rank of a ZeRO-3 run: trains the cases of a JSON file with the product's own code and saves what the tests
+compare.
 
-cases: {name: {"argv": [...], "detach_lse": bool}}; written by rank 0 to OUT/name.pt: initial and final trainable tensors, the first
+cases: {name: {"argv": [...], "detach_lse": bool}}; written by rank 0 to OUT/name.pt: initial and final trainable
+tensors, the first
 step's gradients, each step's gradient norm, and each step's parameter all-gathers with the elements they gathered.
 """
 
@@ -24,7 +26,6 @@ from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from pipeline.sink import column, divergence  # noqa: E402
 from pipeline.training.preflight import Prepared, prepare  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
-
 
 GATHERS: list[int] = []  # elements of each parameter all-gather
 
@@ -51,15 +52,17 @@ def full_tensors(engine: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def detached_lse_gradient(q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scale: float, attend: Any) -> Any:
+def detached_lse_gradient(
+    q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scale: float, attend: Any
+) -> Any:
     """The wrong gradient that a kernel's dropped LSE gradient leaves: only the numerator's."""
     c = (scale * grad_p * log_p.exp()).transpose(0, 1)
     grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
-    group = q.shape[1] // k.shape[1]
-    for start, end in segments.spans:
-        k_s = k[start + position].repeat_interleave(group, dim=0)
-        grad_q[start:end] = c[start:end, :, None] * k_s
-        grad_k[start + position] = (c[start:end, :, None] * q[start:end]).sum(0).view(k.shape[1], group, -1).sum(1)
+    for first, end in segments.spans:
+        sink = first + position
+        k_s = k[sink].repeat_interleave(group, dim=0)
+        grad_q[first:end] = c[first:end, :, None] * k_s
+        grad_k[sink] = (c[first:end, :, None] * q[first:end]).sum(0).view(k.shape[1], group, -1).sum(1)
     return grad_q, grad_k
 
 
@@ -67,7 +70,9 @@ def prepared(argv: list[str]) -> Prepared:
     """A case, resolved as the door resolves it."""
     name = peek("method", argv) or "surgery"
     method = load_method(name)
-    parsed = parse([ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test")
+    parsed = parse(
+        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test"
+    )
     return prepare(parsed, name, method(parsed[method.Config]), here)
 
 
@@ -81,7 +86,9 @@ def run_case(run: Prepared, device: torch.device, detach_lse: bool) -> dict[str,
     def keep_first_gradients() -> None:
         if not saved["gradients"]:
             saved["gradients"] = {
-                n: safe_get_full_grad(each).float().clone() for n, each in engine.deepspeed.module.named_parameters() if each.requires_grad
+                n: safe_get_full_grad(each).float().clone()
+                for n, each in engine.deepspeed.module.named_parameters()
+                if each.requires_grad
             }
         step()
 

@@ -1,4 +1,5 @@
-"""The sink engine against eager attention: value, gradient, packing, grouped heads, every checkpointing, every CPU backend."""
+"""The sink engine against eager attention: value, gradient, packing, grouped heads, every checkpointing, every CPU
+backend."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def sharpened(model: Any) -> Any:
     return model.train()
 
 
-def eager_gradients(model: Any, ids: torch.Tensor, segments: Segments, texts: int, position: int) -> tuple[float, dict[str, torch.Tensor]]:
+def eager_gradients(
+    model: Any, ids: torch.Tensor, segments: Segments, texts: int, position: int
+) -> tuple[float, dict[str, torch.Tensor]]:
     """R and the gradient of CE + alpha R, every text alone."""
     model.set_attn_implementation("eager")
     nll, trained, means = torch.zeros(()), 0, []
@@ -56,7 +59,9 @@ def eager_gradients(model: Any, ids: torch.Tensor, segments: Segments, texts: in
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "nonreentrant", "reentrant"])
 @pytest.mark.parametrize(("build", "position"), [(tiny_llama, 0), (tiny_llama, 2), (tiny_qwen2, 0)])
-def test_packed_loss_penalty_and_gradient_equal_eager(backend: str, reentrant: bool | None, build: Any, position: int) -> None:
+def test_packed_loss_penalty_and_gradient_equal_eager(
+    backend: str, reentrant: bool | None, build: Any, position: int
+) -> None:
     ids, positions, segments = packed([11, 7, 9, 13])
     wanted_r, wanted = eager_gradients(sharpened(build()), ids, segments, texts=2, position=position)
     model = sharpened(build())
@@ -65,7 +70,9 @@ def test_packed_loss_penalty_and_gradient_equal_eager(backend: str, reentrant: b
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
     sink = SinkStep(start=18, harmful=1, bounds=[0, 9, 22], layers=2, heads=4, alpha=ALPHA, position=position)
     predict = torch.tensor([*range(10), *range(11, 17)])
-    out = model(input_ids=ids, position_ids=positions, segments=segments, sink=sink, logits_to_keep=predict, use_cache=False)
+    out = model(
+        input_ids=ids, position_ids=positions, segments=segments, sink=sink, logits_to_keep=predict, use_cache=False
+    )
     ce = F.cross_entropy(out.logits[0], ids[0, predict + 1])
     sink.tap(ce).backward()
     assert penalty(sink.divergence()).item() == pytest.approx(wanted_r, rel=1e-5)
@@ -90,7 +97,8 @@ def test_a_padded_batch_gives_the_logits_of_eager_attention(backend: str) -> Non
 
 @pytest.mark.parametrize("mean_p", [0.5, 0.95, 0.99])
 def test_bf16_sink_gradient_is_within_one_percent_of_fp64(mean_p: float) -> None:
-    """Where the sink takes nearly all the mass, plain differences cancel in bf16; the shifted values and 1 - p by expm1 do not."""
+    """Where the sink takes nearly all the mass, plain differences cancel in bf16; the shifted values and 1 - p by
+    expm1 do not."""
     n, heads, groups, dim, scale = 256, 4, 2, 64, 64**-0.5
     generator = torch.Generator().manual_seed(0)
     q64, k64 = (torch.randn(n, each, dim, generator=generator, dtype=torch.float64) for each in (heads, groups))

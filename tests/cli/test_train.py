@@ -1,0 +1,206 @@
+"""What a user types: the door under the deepspeed launcher, under plain python, and with mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.checkpoints.markers import complete_checkpoints, read_marker
+from pipeline.checkpoints.shards import refuse_unsafe_pickles
+from tests.ranks import ROOT, free_port
+from tests.tiny import chat_row, write_jsonl
+
+WORDS = ["bread", "kite", "warm", "cold", "tea", "room"]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small Surgery run on the tiny model: everything but the output folder."""
+    folder = tmp_path_factory.mktemp("data")
+    given = [
+        "--model_name_or_path",
+        str(tiny_model_dir),
+        "--cache_dir",
+        str(folder / "cache"),
+        "--learning_rate",
+        "2e-3",
+    ]
+    for name in ("train", "harmful", "harmless"):
+        rows = [chat_row(f"{name} number {i}", " ".join(WORDS[: i % 5 + 1])) for i in range(24)]
+        given += [f"--{name}_data", str(write_jsonl(folder / f"{name}.jsonl", rows))]
+    return [*given, "--per_device_train_batch_size", "4"]
+
+
+def launch(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(arguments, ranks), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def command(arguments: Sequence[str], ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "pipeline/train.py", *arguments]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), "pipeline/train.py", *arguments]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def optimizer_states(checkpoint: Path) -> list[Any]:
+    """The fp32 weights and Adam moments of each rank, as saved."""
+    refuse_unsafe_pickles(checkpoint)
+    files = sorted(checkpoint.glob("global_step*/*optim_states.pt"))
+    return [torch.load(each, weights_only=False)["optimizer_state_dict"] for each in files]
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_identical(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_identical(a, b)
+
+
+@pytest.fixture(scope="module")
+def straight(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on two ranks under the deepspeed launcher, as the README types it."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    evaluation = flags[flags.index("--train_data") + 1]
+    done = launch(
+        *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out), "--max_steps", "12", "--save_steps", "4",
+        "--alpha", "10", "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_two_ranks_under_the_launcher_learn(straight: Path) -> None:
+    lines = metrics(straight)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 13))
+    assert training[-1]["ce_loss"] < 0.8 * training[0]["ce_loss"]
+    assert [line["step"] for line in lines if "eval_fit_loss" in line] == [0, 6, 12]
+    evaluated = [line["eval_fit_loss"] for line in lines if "eval_fit_loss" in line]
+    assert evaluated[-1] < evaluated[0]
+    for line in training:
+        assert line["penalty_ratio"] == pytest.approx(10 * line["sink_penalty"] / line["ce_loss"], rel=0.05)
+
+
+def test_the_run_folder_explains_the_run(straight: Path) -> None:
+    record = json.loads((straight / "run.json").read_text())
+    assert record["method"] == "surgery"
+    assert record["world_size"] == 2
+    assert record["attacked"] is False
+    assert record["arguments"]["alpha"] == 10
+    assert record["ds_config"]["train_batch_size"] == 8
+    assert record["data"]["train"]["rows"] == 24
+    assert {"torch", "deepspeed", "transformers"} <= record["versions"].keys()
+    assert [each.name for each in complete_checkpoints(straight)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert read_marker(straight / "checkpoint-12").world_size == 2
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora_r", "4"]], ids=["full", "lora"])
+def test_every_trainable_parameter_moves(lora: list[str], flags: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = launch(*flags, *lora, "--output_dir", str(out), "--max_steps", "2", "--save_steps", "1", "--alpha", "10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (optimizer_states(out / f"checkpoint-{step}")[0] for step in (1, 2))
+    moved = first["fp32_flat_groups"][0] != second["fp32_flat_groups"][0]
+    shapes = torch.load(
+        next((out / "checkpoint-2").glob("global_step2/*model_states.pt")), weights_only=False
+    )["param_shapes"]  # fmt: skip
+    place = 0
+    for group, flat in zip(shapes, second["fp32_flat_groups"], strict=True):
+        moved, place = first["fp32_flat_groups"][shapes.index(group)] != flat, 0
+        for name, shape in group.items():
+            assert moved[place : place + shape.numel()].any(), f"{name} did not move"
+            place += shape.numel()
+
+
+def test_a_killed_run_continues_bit_for_bit(straight: Path, flags: list[str], tmp_path: Path) -> None:
+    """kill -9 of all ranks in the middle, then --resume_from_checkpoint auto: the same weights, moments and log."""
+    out = tmp_path / "killed"
+    evaluation = flags[flags.index("--train_data") + 1]
+    arguments = [
+        *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out), "--max_steps", "12", "--save_steps", "4",
+        "--alpha", "10", "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6",
+        "--resume_from_checkpoint", "auto",
+    ]  # fmt: skip
+    started = subprocess.Popen(
+        command(arguments, 2), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoint-8" / "COMPLETE.json").exists():
+        assert time.monotonic() < deadline
+        assert started.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    (out / "checkpoint-12").mkdir(exist_ok=True)  # as a kill while saving leaves it: no marker
+    done = launch(*arguments, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_identical(optimizer_states(out / "checkpoint-12"), optimizer_states(straight / "checkpoint-12"))
+    for one, other in zip(metrics(out), metrics(straight), strict=True):
+        timing = ("tokens_per_second", "seconds_per_step")
+        assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+
+
+def test_a_resume_that_changes_the_run_is_refused(straight: Path, flags: list[str]) -> None:
+    done = launch(
+        *flags, "--output_dir", str(straight), "--max_steps", "12", "--alpha", "20", "--resume_from_checkpoint", "auto"
+    )
+    assert done.returncode == 2
+    assert "--alpha is 20.0, and the run to resume has 10.0" in done.stderr
+    assert "had 2 ranks, and this one has 1" in done.stderr
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:
+    done = launch(*flags, "--output_dir", str(tmp_path / "run"), "--dry_run", "--show_text")
+    assert done.returncode == 0, done.stderr
+    shown = {line.split()[0]: line.split(maxsplit=2)[-1] for line in done.stdout.splitlines() if line.strip()}
+    row = json.loads(shown["first"].removeprefix("row").strip())
+    assert row["trained_tokens"] == sum(end - start for start, end in row["trained_spans"])
+    assert 0 < row["trained_tokens"] < row["tokens"]
+    assert '"stage": 3' in done.stdout
+    assert '"largest_packed_row"' in done.stdout
+    assert "number" not in shown.get("text", ""), "the text is shown on a terminal only"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_it(
+    flags: list[str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """A weight that is NaN makes every loss NaN: both ranks stop together, at once, and nothing is saved."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for each in tiny_model_dir.iterdir():
+        (broken / each.name).write_bytes(each.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "run"
+    began = time.monotonic()
+    done = launch(*flags, "--model_name_or_path", str(broken), "--output_dir", str(out), "--max_steps", "3", ranks=2)
+    assert done.returncode != 0
+    assert "step 1: the loss is not finite on rank 0: rows train.jsonl:" in done.stdout + done.stderr
+    assert "rank 1: rows train.jsonl:" in done.stdout + done.stderr
+    assert not list(out.glob("checkpoint-*"))
+    assert time.monotonic() - began < 120
