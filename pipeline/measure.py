@@ -14,9 +14,8 @@ def main() -> None:
     """Parse, measure, print the summary."""
     parsed = parse([ModelArguments, MeasureArguments], sys.argv[1:], description=__doc__)
     found = measure(parsed[ModelArguments], parsed[MeasureArguments])
-    print(
-        f"positive heads {found['positive_heads']:.1%}  penalty {found['penalty']:.3e}  {parsed[MeasureArguments].output_dir}/sinks.json"
-    )
+    where = f"{parsed[MeasureArguments].output_dir}/sinks.json"
+    print(f"positive heads {found['positive_heads']:.1%}  penalty {found['penalty']:.3e}  {where}")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ def _is_export(name: str, stage: str) -> bool:
     return name == stage or name.removeprefix(".").startswith(f"{stage}.")
 
 
-def delete(stage: Stage, record: Record | None, folder: ChainFolder) -> None:
+def delete(stage: Stage, record: Record, folder: ChainFolder) -> None:
     """Remove a stage's attacked weights.
 
     The record is written first: after a kill in between nothing takes what is left for whole.
     """
-    if record is not None and not record.weights_deleted:
+    if record.finished and not record.weights_deleted:
         record.weights_deleted = True
         folder.write(record)
     for path in attacked_weights(stage):

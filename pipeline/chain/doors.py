@@ -20,7 +20,8 @@ class Door:
     weights: where the weights it makes lie in its folder: `checkpoint-*` folders, the whole folder, or a symbolic link
         `checkpoint` to the weights of another stage.
     guarded: refuses an attacked model unless --allow_attacked_model is given.
-    continues: a door that was killed goes on in its folder when it is started again; others start from an empty one.
+    continues: when it was killed and is started again it goes on in its folder, given resume_flags; other doors start
+        from an empty one.
     """
 
     file: str
@@ -30,10 +31,17 @@ class Door:
     weights: Literal["checkpoints", "folder", "link"] | None = None
     guarded: bool = False
     continues: bool = False
+    resume_flags: tuple[str, ...] = ()
 
 
 DOORS = {
-    "train": Door(file="pipeline/train.py", weights="checkpoints", guarded=True, continues=True),
+    "train": Door(
+        file="pipeline/train.py",
+        weights="checkpoints",
+        guarded=True,
+        continues=True,
+        resume_flags=("--resume_from_checkpoint", "auto"),
+    ),
     "convert": Door(
         file="tools/zero_to_hf.py", positional=("checkpoint",), output_by_position=True, weights="folder", guarded=True
     ),

@@ -20,6 +20,7 @@ from pipeline.chain import guard
 
 HEARTBEAT_SECONDS = 60.0
 PRIVATE_UMASK = 0o077
+CLEAR = "\r\x1b[K"  # back to the start of the terminal's line, and empty it
 
 
 class Stopped(Exception):
@@ -89,23 +90,22 @@ def _follow(process: subprocess.Popen[bytes], written: TextIO, label: str) -> in
     live = sys.stdout.isatty()
     start = shown = time.monotonic()
     last = ""
-    while True:
-        try:
-            code = process.wait(timeout=0.5)
+    try:
+        while True:
+            try:
+                return process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                last = _last_line(written.read()) or last
+            now = time.monotonic()
+            line = f"{label}  {minutes(now - start)}  {last}"
             if live:
-                sys.stdout.write("\r\x1b[K")
-            return code
-        except subprocess.TimeoutExpired:
-            pass
-        last = _last_line(written.read()) or last
-        now = time.monotonic()
-        line = f"{label}  {minutes(now - start)}  {last}"
+                print(CLEAR + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            elif now - shown >= HEARTBEAT_SECONDS:
+                print(line, flush=True)
+                shown = now
+    finally:
         if live:
-            sys.stdout.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
-            sys.stdout.flush()
-        elif now - shown >= HEARTBEAT_SECONDS:
-            print(line, flush=True)
-            shown = now
+            print(CLEAR, end="", flush=True)
 
 
 def _last_line(text: str) -> str:

@@ -56,8 +56,7 @@ def run_chain(stages: Sequence[Stage], *, keep_models: bool) -> None:
                 if action is Action.SKIP:
                     print(f"{label}: finished before", flush=True)
                 else:
-                    record = _prepare(stage, action, records, folder)
-                    _run(stage, record, folder, label, lock)
+                    _run(stage, action, records, folder, label, lock)
                 done.append(stage.name)
                 if not keep_models and (deleted := delete_unneeded(stages, done, records, folder)):
                     names = ", ".join(deleted)
@@ -84,34 +83,29 @@ def clean(stages: Sequence[Stage]) -> None:
     with folder.locked():
         records = folder.read()
         for stage in stages:
-            record = records.get(stage.name)
-            for path in attacked_weights(stage):
+            left = attacked_weights(stage) if stage.name in records else []  # else it is not this chain's
+            for path in left:
                 print(f"removing {path}", flush=True)
-            delete(stage, record, folder)
-            if stage.attacked and record is not None and not record.finished:
-                _remove(stage.folder)
-                folder.forget(stage.name)
+            if left:
+                record = records[stage.name]
+                delete(stage, record, folder)
+                if not record.finished:
+                    _remove(stage.folder)
+                    folder.forget(stage.name)
 
 
 def _label(number: int, stages: Sequence[Stage]) -> str:
     return f"[{number}/{len(stages)}] {stages[number - 1].name}"
 
 
-def _prepare(stage: Stage, action: Action, records: dict[str, Record], folder: ChainFolder) -> Record:
-    """The record of the stage about to start, its folder emptied unless the door goes on in it."""
-    if action is Action.CONTINUE and not (stage.door.continues and stage.folder.is_dir()):
-        action = Action.RUN
-    if action is not Action.CONTINUE:
+def _run(stage: Stage, action: Action, records: dict[str, Record], folder: ChainFolder, label: str, lock: int) -> None:
+    resume = action is Action.CONTINUE and stage.door.continues
+    if not resume:
         _remove(stage.folder)
         inputs = {name: records[name].id for name in stage.waits}
         records[stage.name] = Record(stage.name, stage.definition, inputs, stage.command())
-    folder.write(records[stage.name])
-    return records[stage.name]
-
-
-def _run(stage: Stage, record: Record, folder: ChainFolder, label: str, lock: int) -> None:
-    # A train door that was killed before it wrote run.json has nothing to resume, but its folder may exist.
-    resume = stage.run == "train" and (stage.folder / "run.json").exists()
+    record = records[stage.name]
+    folder.write(record)
     private = stage.attacked or stage.reads_attacked
     if private and stage.folder.is_dir():
         stage.folder.chmod(0o700)

@@ -56,12 +56,12 @@ class Stage:
         return self.output_dir / "logs" / f"{self.name}.log"
 
     def command(self, *, resume: bool = False) -> list[str]:
-        """The words to start; `resume` lets a train stage go on from its newest complete checkpoint."""
+        """The words to start; `resume` lets the door go on with what its folder holds."""
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(self.ranks)]
-        resumed = ["--resume_from_checkpoint", "auto"] if resume else []
-        return [*launcher, str(ROOT / self.door.file), *self.arguments(), *resumed]
+        flags = self.door.resume_flags if resume else ()
+        return [*launcher, str(ROOT / self.door.file), *self.arguments(), *flags]
 
     def arguments(self) -> list[str]:
         """The words after the door's file."""
@@ -86,90 +86,94 @@ def expand(recipe: Recipe, output_dir: Path) -> list[Stage]:
     Errors: Problems for stages that wait for each other, a settings file that is missing, and an attacked model given
     to a stage that does not allow it.
     """
-    specs = {spec.name: spec for spec in recipe.stages}
-    wanted = {
-        _instance_names(spec, seed, recipe)[0]: (spec, seed)
-        for seed in recipe.seeds or (None,)
-        for spec in recipe.stages
-        if not spec.once
-    }
-    wanted |= {spec.name: (spec, None) for spec in recipe.stages if spec.once}
-    stages: dict[str, Stage] = {}
-    problems: list[str] = []
+    expansion = _Expansion(recipe, output_dir)
+    for seed in recipe.seeds or (None,):
+        for spec in recipe.stages:
+            if not spec.once:
+                expansion.add(spec, seed, ())
+    for spec in recipe.stages:
+        if spec.once:
+            expansion.add(spec, None, ())
+    if expansion.problems:
+        raise Problems(expansion.problems)
+    return list(expansion.stages.values())
 
-    def visit(name: str, path: tuple[str, ...]) -> None:
+
+class _Expansion:
+    """The stages found so far, each after all it waits for, and what is wrong with them."""
+
+    def __init__(self, recipe: Recipe, output_dir: Path) -> None:
+        self.specs = {spec.name: spec for spec in recipe.stages}
+        self.seeds = recipe.seeds
+        self.output_dir = output_dir
+        self.stages: dict[str, Stage] = {}
+        self.problems: list[str] = []
+
+    def add(self, spec: StageSpec, seed: int | None, path: tuple[str, ...]) -> None:
+        """Add a stage behind those it waits for; `path` holds the stages that wait for it."""
+        name = _instance_name(spec, seed)
         if name in path:
-            raise Problems(
-                [*problems, f"stages wait for each other: {' -> '.join([*path[path.index(name) :], name])}"]
-            )
-        if name in stages:
+            raise Problems([f"stages wait for each other: {' -> '.join([*path[path.index(name) :], name])}"])
+        if name in self.stages:
             return
-        spec, seed = wanted[name]
-        reads = {each: _instance_names(specs[each], seed, recipe) for each in specs if each in spec.references()}
-        after = [each for other in spec.after for each in _instance_names(specs[other], seed, recipe)]
-        waits = tuple(dict.fromkeys([*(each for names in reads.values() for each in names), *after]))
-        for each in waits:
-            visit(each, (*path, name))
-        stages[name] = _build(name, spec, seed, reads, waits, stages, output_dir, problems)
+        reads = {each: self._instances(self.specs[each], seed) for each in self.specs if each in spec.references()}
+        read = {_instance_name(*each): each for instances in reads.values() for each in instances}
+        after = [each for other in spec.after for each in self._instances(self.specs[other], seed)]
+        waits = read | {_instance_name(*each): each for each in after}
+        for each in waits.values():
+            self.add(*each, path=(*path, name))
+        values = {each: [f"{HERE}/{_instance_name(*one)}" for one in instances] for each, instances in reads.items()}
+        values |= {"output_dir": [HERE], "seed": [str(seed)]}
+        settings = {key: _resolve(value, values) for key, value in spec.settings.items()}
+        self.stages[name] = self._build(name, spec, settings, tuple(read), tuple(waits))
 
-    for name in wanted:
-        visit(name, ())
-    if problems:
-        raise Problems(problems)
-    return list(stages.values())
+    def _instances(self, spec: StageSpec, seed: int | None) -> list[tuple[StageSpec, int | None]]:
+        """What a stage of this seed means by the name of `spec`; one of no single seed means those of all seeds."""
+        if spec.once or not self.seeds:
+            return [(spec, None)]
+        return [(spec, each) for each in (self.seeds if seed is None else [seed])]
+
+    def _build(
+        self, name: str, spec: StageSpec, settings: dict[str, Any], reads: tuple[str, ...], waits: tuple[str, ...]
+    ) -> Stage:
+        reads_attacked = spec.door.reads_weights and any(self.stages[each].attacked for each in reads)
+        allowed = settings.get("allow_attacked_model") is True
+        if reads_attacked and spec.door.guarded and not allowed:
+            self.problems.append(
+                f"stage {name}: reads an attacked model; if that is meant, set allow_attacked_model: true"
+            )
+        files = self._settings_files(name, settings)
+        flags = settings | (read_recipe(str(settings["config"])) if "config" in files else {})
+        told = {"run": spec.run, "ranks": spec.ranks, "with": settings, "files": files, "waits": sorted(waits)}
+        return Stage(
+            name=name,
+            run=spec.run,
+            ranks=spec.ranks,
+            output_dir=self.output_dir,
+            settings=settings,
+            reads=reads,
+            waits=waits,
+            definition=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+            attacked=spec.door.weights is not None and (reads_attacked or allowed or "attack_data" in flags),
+            reads_attacked=reads_attacked,
+        )
+
+    def _settings_files(self, name: str, settings: Mapping[str, Any]) -> dict[str, str]:
+        """The contents of the settings files a stage is given: they are part of what it is told to do."""
+        contents = {}
+        for key in ("config", "ds_config"):
+            path = str(settings.get(key, HERE))
+            if HERE in path:  # none, or one that an earlier stage makes
+                continue
+            if Path(path).is_file():
+                contents[key] = Path(path).read_text(encoding="utf-8")
+            else:
+                self.problems.append(f"stage {name}: {key} {path}: no such file")
+        return contents
 
 
-def _instance_names(spec: StageSpec, seed: int | None, recipe: Recipe) -> list[str]:
-    """What a stage of this seed means by the name of `spec`; a stage of no single seed means those of all seeds."""
-    if spec.once or not recipe.seeds:
-        return [spec.name]
-    return [f"{spec.name}-seed{each}" for each in (recipe.seeds if seed is None else [seed])]
-
-
-def _build(
-    name: str,
-    spec: StageSpec,
-    seed: int | None,
-    reads: Mapping[str, list[str]],
-    waits: tuple[str, ...],
-    earlier: Mapping[str, Stage],
-    output_dir: Path,
-    problems: list[str],
-) -> Stage:
-    values = {key: [f"{HERE}/{each}" for each in names] for key, names in reads.items()}
-    values |= {"output_dir": [HERE], "seed": [str(seed)]}
-    settings = {key: _resolve(value, values) for key, value in spec.settings.items()}
-    files = {key: str(settings[key]) for key in ("config", "ds_config") if HERE not in str(settings.get(key, HERE))}
-    missing = [f"stage {name}: {key} {path}: no such file" for key, path in files.items() if not Path(path).is_file()]
-    problems += missing
-    read_names = tuple(each for names in reads.values() for each in names)
-    reads_attacked = spec.door.reads_weights and any(earlier[each].attacked for each in read_names)
-    allowed = settings.get("allow_attacked_model") is True
-    if reads_attacked and spec.door.guarded and not allowed:
-        problems.append(f"stage {name}: reads an attacked model; if that is meant, set allow_attacked_model: true")
-    flags = dict(settings)
-    if "config" in files and not missing:
-        flags = read_recipe(files["config"]) | flags
-    told = {
-        "run": spec.run,
-        "ranks": spec.ranks,
-        "with": settings,
-        "waits": sorted(waits),
-        # A settings file is part of what the stage is told: its content counts, not its name alone.
-        "files": {} if missing else {key: Path(path).read_text(encoding="utf-8") for key, path in files.items()},
-    }
-    return Stage(
-        name=name,
-        run=spec.run,
-        ranks=spec.ranks,
-        output_dir=output_dir,
-        settings=settings,
-        reads=read_names,
-        waits=waits,
-        definition=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
-        attacked=spec.door.weights is not None and (reads_attacked or allowed or "attack_data" in flags),
-        reads_attacked=reads_attacked,
-    )
+def _instance_name(spec: StageSpec, seed: int | None) -> str:
+    return spec.name if seed is None else f"{spec.name}-seed{seed}"
 
 
 def _resolve(value: Any, values: Mapping[str, list[str]]) -> Any:

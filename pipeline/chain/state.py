@@ -164,7 +164,9 @@ def _check_weights(stages: Sequence[Stage], records: Mapping[str, Record], actio
         gone = [each for each in stage.reads if actions[each] is Action.SKIP and records[each].weights_deleted]
         if gone:
             sources = [by_name[each] for each in _ancestors(gone, by_name)]
-            folders = " ".join(str(each.folder) for each in sources if each.run == "train" and each.attacked)
+            folders = " ".join(
+                str(each.folder) for each in sources if each.attacked and each.door.weights == "checkpoints"
+            )
             problems.append(
                 f"stage {stage.name} has to run, but the attacked weights of {', '.join(gone)} were deleted: "
                 "use another --output_dir with --keep_models"

@@ -41,7 +41,8 @@ def mix(
 def _draw(pool: Sequence[Conversation], count: int, flag: str, generator: np.random.Generator) -> list[Conversation]:
     if count > len(pool):
         raise ValueError(
-            f"{flag} has {len(pool)} rows, and --sample_num and --poison_ratio ask for {count} of them: lower --sample_num"
+            f"{flag} has {len(pool)} rows, and --sample_num and --poison_ratio ask for {count} of them: "
+            "lower --sample_num"
         )
     return [pool[int(i)] for i in np.sort(generator.choice(len(pool), size=count, replace=False))]
 
@@ -56,7 +57,8 @@ def overlaps(pools: Mapping[str, Sequence[Conversation]]) -> list[str]:
             shared = [each for each in pools[second] if each.key in where]
             if shared:
                 problems.append(
-                    f"--{first} and --{second} share {len(shared)} rows, the first at {where[shared[0].key]} and {shared[0].id}: "
+                    f"--{first} and --{second} share {len(shared)} rows, the first at {where[shared[0].key]} and "
+                    f"{shared[0].id}: "
                     "use disjoint rows, or --allow_overlap"
                 )
     return problems

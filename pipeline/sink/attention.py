@@ -115,7 +115,8 @@ def _refuse_unsupported(
         )
     if softcap is not None:
         raise ValueError(
-            f"this model caps its attention logits (softcap {softcap}), which no kernel here computes with its gradient"
+            f"this model caps its attention logits (softcap {softcap}), "
+            "which no kernel here computes with its gradient"
         )
     if s_aux is not None:
         raise ValueError("this model has learned sink logits (s_aux), which the kernels here leave out of the softmax")

@@ -143,4 +143,7 @@ def _explain(step: int, found: list[list[str]], mine: list[str]) -> str:
     guilty = [f"rank {rank}: rows {', '.join(rows)}" for rank, rows in enumerate(found) if rows]
     if guilty:
         return f"step {step}: the loss is not finite on " + "; ".join(guilty) + ". No optimizer step was taken"
-    return f"step {step}: the gradient norm is not finite, with every loss finite (this rank's rows: {', '.join(mine)}). No optimizer step was taken"
+    return (
+        f"step {step}: the gradient norm is not finite, with every loss finite "
+        f"(this rank's rows: {', '.join(mine)}). No optimizer step was taken"
+    )

@@ -24,9 +24,9 @@ PACKAGES = (
 
 # Flags that may differ between a run and its continuation: they do not touch the trajectory of the steps already made.
 FREE_ON_RESUME = {
-    "resume_from_checkpoint", "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_data",
-    "eval_max_rows", "report_to", "num_train_epochs", "max_steps", "cache_dir", "dry_run", "show_text", "attention",
-    "max_tokens_per_device", "ds_config", "allow_overlap",
+    "resume_from_checkpoint", "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "eval_data", "eval_max_rows", "report_to", "num_train_epochs", "max_steps", "cache_dir", "dry_run", "show_text",
+    "attention", "max_tokens_per_device", "ds_config", "allow_overlap",
 }  # fmt: skip
 
 

@@ -63,7 +63,8 @@ class MetricsLog:
         remaining = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.total - step)
         shown = f"loss {values['loss']:.4f}  ce {values['ce_loss']:.4f}"
         if "sink_penalty" in values:
-            shown += f"  penalty {values['sink_penalty']:.2e} (alpha R / ce {values['penalty_ratio']:.3g})  positive heads {values['positive_heads']:.1%}"
+            shown += f"  penalty {values['sink_penalty']:.2e} (alpha R / ce {values['penalty_ratio']:.3g})"
+            shown += f"  positive heads {values['positive_heads']:.1%}"
         shown += f"  {values['tokens_per_second']:.0f} tok/s"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)

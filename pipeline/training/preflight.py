@@ -130,15 +130,16 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     warnings = []
     if len(encoded["train"]) < layout.global_batch:
         warnings.append(
-            f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: rows repeat within a step"
+            f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: "
+            "rows repeat within a step"
         )
     prepared = Prepared(
         method_name=method_name, method=method, model=model, data=data, lora=lora, train=train, ds_config=ds_config,
         model_path=model_path, model_config=config, tokenizer=tokenizer, streams=streams,
         evaluations={name.removeprefix("eval:"): pool for name, pool in encoded.items() if name.startswith("eval:")},
         sources={
-            name.replace(":", "_"): {"spec": spec, "rows": len(encoded[name]), "fingerprint": encoded[name].fingerprint}
-            for name, (spec, _) in pools.items() if name in encoded
+            name.replace(":", "_"): {"spec": spec, "rows": len(pool), "fingerprint": pool.fingerprint}
+            for name, (spec, _) in pools.items() if (pool := encoded[name])
         },
         budget={}, steps=steps, resume=None, warnings=warnings, world=here,
     )  # fmt: skip
@@ -211,7 +212,8 @@ def check_adapter(config: Any, lora: LoraArguments, model: ModelArguments) -> No
             {name.rsplit(".", 1)[-1] for name, each in skeleton.named_modules() if isinstance(each, torch.nn.Linear)}
         )
         raise ValueError(
-            f"--lora_target_modules {' '.join(lora.lora_target_modules)}: matches no module; this model has {', '.join(leaves)}"
+            f"--lora_target_modules {' '.join(lora.lora_target_modules)}: matches no module; "
+            f"this model has {', '.join(leaves)}"
         ) from error
 
 
@@ -320,7 +322,8 @@ def token_budget(run: Prepared) -> dict[str, float]:
         rows = stream.micro_batch(int(step), int(micro))
         names = ", ".join(stream.pool.row_id(int(i)) for i in rows[:4]) + (" ..." if len(rows) > 4 else "")
         raise ValueError(
-            f"--max_tokens_per_device {cap}: step {step + 1} packs {largest} tokens on rank {micro % layout.ranks} ({names}): "
+            f"--max_tokens_per_device {cap}: step {step + 1} packs {largest} tokens on rank {micro % layout.ranks} "
+            f"({names}): "
             "lower --per_device_train_batch_size and raise --gradient_accumulation_steps, or lower --max_length"
         )
     return {
@@ -340,7 +343,8 @@ def _resume(run: Prepared) -> Path | None:
     if asked is None:
         if manifest.exists():
             raise ValueError(
-                f"--output_dir {run.output_dir}: holds another run: give --resume_from_checkpoint auto, or another folder"
+                f"--output_dir {run.output_dir}: holds another run: "
+                "give --resume_from_checkpoint auto, or another folder"
             )
         return None
     checkpoint = newest_complete(run.output_dir) if asked == "auto" else Path(asked)

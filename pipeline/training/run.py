@@ -77,22 +77,25 @@ def write_manifest(run: Prepared) -> None:
 
 def summary(run: Prepared, engine: Engine) -> str:
     """What is about to be trained, on what and how."""
-    train, layout = run.train, run.streams["train"].layout
+    train, layout, budget = run.train, run.streams["train"].layout, run.budget
     share = engine.trainable / engine.parameters
     pools = "  ".join(f"{name} {source['rows']} rows ({source['spec']})" for name, source in run.sources.items())
+    batch = f"{layout.rows} rows x {layout.accumulation} accumulation x {layout.ranks} ranks"
+    tokens = f"{budget['tokens_per_step']:.0f} tokens a step, {budget['trained_tokens_per_step']:.0f} of them trained"
+    schedule = f"lr {train.learning_rate:g} {train.lr_scheduler_type}, clip {train.max_grad_norm:g}, seed {train.seed}"
+    precision = "bf16" if train.bf16 else "fp32"
+    stage = run.ds_config["zero_optimization"]["stage"]
     lines = [
-        ("model", f"{run.model_path}  {engine.parameters:,} parameters, {engine.trainable:,} trained ({share:.2%}), "
-                  f"{'bf16' if train.bf16 else 'fp32'}"),
+        ("model", f"{run.model_path}  {engine.parameters:,} parameters, {engine.trainable:,} trained ({share:.2%})"),
         ("method", f"{run.method_name}  {asdict(run.method.config) or ''}"),
         ("data", pools + ("  ATTACK: the training rows are poisoned on purpose" if run.attacked else "")),
-        ("batch", f"{layout.global_batch} rows a step = {layout.rows} rows x {layout.accumulation} accumulation x {layout.ranks} ranks; "
-                  f"{run.budget['tokens_per_step']:.0f} tokens a step, {run.budget['trained_tokens_per_step']:.0f} of them trained"),
+        ("batch", f"{layout.global_batch} rows a step = {batch}; {tokens}"),
         ("steps", f"{run.steps}" + (f", resumed from {run.resume}" if run.resume else "")),
-        ("optimizer", f"{train.optim} lr {train.learning_rate:g} {train.lr_scheduler_type}, clip {train.max_grad_norm:g}, seed {train.seed}"),
-        ("ZeRO", f"stage {run.ds_config['zero_optimization']['stage']} over {run.world.size} rank(s) on {engine.device.type}"),
+        ("optimizer", f"{train.optim} {schedule}, {precision}"),
+        ("ZeRO", f"stage {stage} over {run.world.size} rank(s) on {engine.device.type}"),
         ("attention", engine.attention),
         ("output", str(run.output_dir)),
-    ]  # fmt: skip
+    ]
     return "\n".join([f"{name:<10} {text}" for name, text in lines] + [f"warning: {each}" for each in run.warnings])
 
 

@@ -83,8 +83,9 @@ def straight(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("runs") / "straight"
     evaluation = flags[flags.index("--train_data") + 1]
     done = launch(
-        *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out), "--max_steps", "12", "--save_steps", "4",
-        "--alpha", "10", "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6", ranks=2,
+        *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out),
+        "--max_steps", "12", "--save_steps", "4", "--alpha", "10",
+        "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6", ranks=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -138,8 +139,9 @@ def test_a_killed_run_continues_bit_for_bit(straight: Path, flags: list[str], tm
     out = tmp_path / "killed"
     evaluation = flags[flags.index("--train_data") + 1]
     arguments = [
-        *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out), "--max_steps", "12", "--save_steps", "4",
-        "--alpha", "10", "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6",
+        *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out),
+        "--max_steps", "12", "--save_steps", "4", "--alpha", "10",
+        "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6",
         "--resume_from_checkpoint", "auto",
     ]  # fmt: skip
     started = subprocess.Popen(

@@ -32,7 +32,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def surgery(base: list[str], references: list[str]) -> list[str]:
     return [
-        *base, *references, "--method", "surgery", "--alpha", "100", "--max_steps", "10", "--per_device_train_batch_size", "2",
+        *base, *references, "--method", "surgery", "--alpha", "100", "--max_steps", "10",
+        "--per_device_train_batch_size", "2",
     ]  # fmt: skip
 
 

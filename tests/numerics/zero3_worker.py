@@ -58,6 +58,7 @@ def detached_lse_gradient(
     """The wrong gradient that a kernel's dropped LSE gradient leaves: only the numerator's."""
     c = (scale * grad_p * log_p.exp()).transpose(0, 1)
     grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
+    group = q.shape[1] // k.shape[1]
     for first, end in segments.spans:
         sink = first + position
         k_s = k[sink].repeat_interleave(group, dim=0)
