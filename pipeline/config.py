@@ -12,7 +12,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -203,7 +204,9 @@ def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentP
     from transformers import HfArgumentParser
 
     typed = HfArgumentParser(list(configs), add_help=False, allow_abbrev=False)
-    parser = _Parser(description=description, parents=[typed], allow_abbrev=False, conflict_handler="resolve")
+    parser = _Parser(
+        description=description, parents=[typed], allow_abbrev=False, conflict_handler="resolve", exit_on_error=False
+    )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Recipe whose keys stand under the flags.")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher puts it first
     for action in parser._actions:
@@ -215,59 +218,107 @@ def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentP
 def _unknown(name: str, known: Sequence[str], where: str) -> str:
     if name in RENAMED:
         return f"{where}: {RENAMED[name]}"
-    near = difflib.get_close_matches(name, known, n=1)
+    if methods := _methods_with(name):
+        return f"{where} is unknown here; it belongs to --method {' and '.join(methods)}"
+    near = difflib.get_close_matches(name, [each for each in known if "-" not in each], n=1)
     return f"{where} is unknown" + (f"; did you mean {near[0]}?" if near else "; see --help for the list")
+
+
+def _methods_with(name: str) -> list[str]:
+    """The training methods that have a flag: it may be left over from another --method."""
+    from pipeline.methods import METHODS, load_method
+
+    return [method for method in METHODS if name in {each.name for each in fields(load_method(method).Config)}]
 
 
 def read_recipe(path: str) -> dict[str, Any]:
     """The mapping in a YAML recipe."""
+    return {key: value for key, value, _ in _recipe_items(path)}
+
+
+def _recipe_items(path: str) -> list[tuple[str, Any, int]]:
+    """Key, value and line of each setting. Errors: ValueError for what is not a mapping, and for a key given twice."""
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+        tree, recipe = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{path}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
         raise ValueError(f"--config {path}: expected a mapping of flag names to values")
-    return recipe
+    lines: dict[str, int] = {}
+    for node, _ in tree.value:
+        line = node.start_mark.line + 1
+        if node.value in lines:
+            raise ValueError(f"{path}:{line}: key {node.value} stands on line {lines[node.value]} as well: remove one")
+        lines[node.value] = line
+    return [(key, value, lines.get(key, 1)) for key, value in recipe.items()]
 
 
-def recipe_argv(recipe: dict[str, Any], known: Sequence[str], source: str) -> list[str]:
-    """A recipe as command-line words. Errors: Problems naming each unknown key with its nearest match."""
-    problems = [_unknown(key, known, f"{source}: key {key}") for key in recipe if key not in known or key == "config"]
-    if problems:
-        raise Problems(problems)
-    words: list[str] = []
-    for key, value in recipe.items():
-        if value is None:
+def _recipe_groups(path: str, known: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """A recipe as command-line words: each setting's place in the file, and its flag with its values."""
+    for key, value, line in _recipe_items(path):
+        if value is None and key in known:
             continue
         values = value if isinstance(value, list) else [value]
-        words.append(f"--{key}")
-        words.extend(json.dumps(each) if isinstance(each, dict | bool) else str(each) for each in values)
-    return words
+        words = [json.dumps(each) if isinstance(each, dict | bool) else str(each) for each in values]
+        yield f"{path}:{line}: key {key}", [f"--{key}", *words]
 
 
-def parse(configs: Sequence[Any], argv: Sequence[str] | None, *, description: str) -> Parsed:
+def _flag_groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The command line cut before each flag."""
+    starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
+    for first, end in zip(starts, [*starts[1:], len(argv)], strict=True):
+        yield argv[first].split("=")[0], list(argv[first:end])
+
+
+def _read_groups(
+    parser: argparse.ArgumentParser,
+    groups: Iterable[tuple[str, list[str]]],
+    known: Sequence[str],
+    namespace: argparse.Namespace,
+) -> Iterator[str]:
+    """Parse one setting after the other into the namespace, so that no mistake hides the next; yields the mistakes."""
+    for where, words in groups:
+        name = words[0].removeprefix("--").split("=")[0]
+        if words[0].startswith("--") and name not in known:
+            yield _unknown(name, known, where)
+            continue
+        try:
+            _, extra = parser.parse_known_args(words, namespace)
+        except argparse.ArgumentError as error:
+            yield f"{where}: {error.message}"
+            continue
+        if extra:
+            yield f"{where}: unexpected {' '.join(map(repr, extra))}"
+
+
+def parse(configs: Sequence[type], argv: Sequence[str] | None, *, description: str) -> Parsed:
     """Parse flags over an optional recipe into one instance of each dataclass.
 
-    Errors: ValueError naming the flag or the recipe key, the value, and the nearest known name.
+    Errors: Problems with every mistake, each naming the flag, or the recipe's line and key, and the value or the
+    nearest known name.
     """
     parser = build_parser(configs, description)
-    known = sorted(option.removeprefix("--") for action in parser._actions for option in action.option_strings)
+    options = {option.removeprefix("--"): each.dest for each in parser._actions for option in each.option_strings}
+    settings = sorted(option for option, dest in options.items() if dest not in ("help", "config", "local_rank"))
     words = list(sys.argv[1:] if argv is None else argv)
-    if recipe_path := peek("config", words):
-        words = recipe_argv(read_recipe(recipe_path), known, recipe_path) + words
-    namespace, extra = parser.parse_known_args(words)
-    if extra:
-        flags = [word.split("=")[0].removeprefix("--") for word in extra if word.startswith("--")]
-        raise Problems(
-            [_unknown(flag, known, f"--{flag}") for flag in flags]
-            or [f"unexpected argument {word!r}" for word in extra]
-        )
+    namespace, problems = argparse.Namespace(), []
+    if recipe := peek("config", words):
+        problems += _read_groups(parser, _recipe_groups(recipe, settings), settings, namespace)
+    problems += _read_groups(parser, _flag_groups(words), sorted(options), namespace)
     given = {name: value for name, value in vars(namespace).items() if name not in ("config", "local_rank")}
-    instances = [
-        config(**{each.name: given[each.name] for each in fields(config) if each.name in given}) for config in configs
-    ]
+    instances = []
+    for config in configs:
+        try:
+            instances.append(config(**{each.name: given[each.name] for each in fields(config) if each.name in given}))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise Problems(problems)
     return Parsed(instances, set(given))
 
 
@@ -288,8 +339,12 @@ def run_door(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same problems
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            # Every rank finds the same problems, and a launcher ends all ranks with the first that exits: rank 0 is to
+            # speak for them. Who still lives after a while has a problem of its own, such as a file its node lacks.
+            time.sleep(10 + 2 * int(os.environ.get("LOCAL_RANK", "0")))
+        for line in str(error).splitlines():
+            print(f"error: rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -64,9 +64,12 @@ class Stream:
 
     def global_batch(self, step: int) -> np.ndarray:
         """Pool indices [global_batch] of optimizer step `step` (from 0)."""
-        first = step * self.layout.global_batch
-        places = np.arange(first, first + self.layout.global_batch)
-        return np.array([self._order(int(place // len(self.pool)))[place % len(self.pool)] for place in places])
+        epoch, place = divmod(step * self.layout.global_batch, len(self.pool))
+        rows = self._order(epoch)[place:]
+        while len(rows) < self.layout.global_batch:
+            epoch += 1
+            rows = np.concatenate([rows, self._order(epoch)])
+        return rows[: self.layout.global_batch]
 
     def micro_batch(self, step: int, index: int) -> np.ndarray:
         """Pool indices [rows] of micro-batch `index` (0 .. micro_batches-1) of a step."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.sink.divergence import SinkStep, penalty
-from pipeline.sink.support import refusals
+from pipeline.sink.support import sink_refusals
 from pipeline.training.method import Method, StepContext
 
 
@@ -47,7 +47,7 @@ class Surgery(Method):
     pools = ("harmful", "harmless")
 
     def refuse(self, model_config: Any, ds_config: Mapping[str, Any]) -> list[str]:
-        return refusals(model_config, ds_config)
+        return sink_refusals(model_config, ds_config)
 
     def reference_texts(self) -> int:
         return 2

@@ -1,4 +1,4 @@
-"""Models and settings whose sink statistics would be wrong, refused by name before a model is loaded."""
+"""Models and settings that would train wrongly here, refused by name before a model is loaded."""
 
 from __future__ import annotations
 
@@ -6,23 +6,40 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def refusals(config: Any, ds_config: Mapping[str, Any]) -> list[str]:
-    """One reason a setting of the transformers configuration or the DeepSpeed configuration that cannot be done
-    right."""
+def attention_refusals(config: Any, longest: int) -> list[str]:
+    """What the attention kernels and the packed rows cannot do right for this model, whatever the method.
+
+    config: the transformers configuration of the (text) model; longest: tokens of the longest text.
+    """
     reasons = []
-    name = getattr(config, "model_type", "this model")
-    if getattr(config, "quantization_config", None):
-        reasons.append(f"{name} is quantised: Surgery trains the weights, so give the unquantised model")
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope] if "rope_type" in rope else [each for each in rope.values() if isinstance(each, dict)]
-    for kind in {each.get("rope_type", "default") for each in kinds} & {"dynamic", "longrope"}:
-        reasons.append(
-            f"{name} uses {kind} rotary scaling, which switches with the length of the row: "
-            "a packed row would rotate its short texts as if they were long"
-        )
+    name = config.model_type
     if getattr(config, "attn_logit_softcapping", None):
+        reasons.append(f"{name} caps its attention logits, which the flash kernels here do not compute")
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
+    if window and slides and window < longest:
         reasons.append(
-            f"{name} caps its attention logits, which the flash kernels here do not compute with their gradient"
+            f"{name} has a sliding window of {window} tokens, and the longest text has {longest}: "
+            "lower --max_length and --reference_max_length to the window"
+        )
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        switch = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and longest > switch:
+            reasons.append(
+                f"{name} uses {kind} rotary scaling, which switches at {switch} tokens, and the longest text has "
+                f"{longest}: a packed row would rotate its short texts as if they were long; lower --max_length"
+            )
+    return reasons
+
+
+def sink_refusals(config: Any, ds_config: Mapping[str, Any]) -> list[str]:
+    """Why sink statistics would be wrong with this model or DeepSpeed configuration; empty if they are right."""
+    reasons = []
+    if getattr(config, "quantization_config", None):
+        reasons.append(
+            f"{config.model_type} is quantised, and the penalty trains q and k: give the unquantised model"
         )
     if int(ds_config.get("sequence_parallel_size", 1) or 1) > 1:
         reasons.append(
@@ -33,3 +50,9 @@ def refusals(config: Any, ds_config: Mapping[str, Any]) -> list[str]:
             "ds_config compile.deepcompile rewrites the graph that the sink penalty is injected into: turn it off"
         )
     return reasons
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary settings of a model: one, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [each for each in rope.values() if isinstance(each, dict)]

@@ -120,7 +120,5 @@ def _tracker(report_to: str, folder: Path, run_name: str, settings: dict[str, An
             {"resume": "allow", "id": run_name, "dir": str(folder)} if report_to == "wandb" else {"resume": "allow"}
         )
         tracker.init(project="surgery-pipeline", name=run_name, config=settings, **extra)
-        return lambda step, values: tracker.log(
-            {**values, "step": step} if report_to == "trackio" else values, step=step
-        )
+        return lambda step, values: tracker.log(values, step=step)
     return None

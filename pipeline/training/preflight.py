@@ -23,6 +23,7 @@ from pipeline.data.chat import ChatEncoder
 from pipeline.data.pools import mix, overlaps
 from pipeline.data.schema import Conversation, read_conversations
 from pipeline.data.streams import Layout, Stream
+from pipeline.sink.support import attention_refusals
 from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.manifest import resume_differences
@@ -120,6 +121,8 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
         encoded = _encode(pools, data, tokenizer, method, gather)
     if encoded and not gather.problems:
         gather.problems += _short_references(encoded, method)
+        longest = max(int(pool.lengths.max()) for pool in encoded.values())
+        gather.problems += attention_refusals(config.get_text_config(), longest)
     gather.stop()
 
     layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
@@ -312,26 +315,28 @@ def token_budget(run: Prepared) -> dict[str, float]:
         if run.method.reference_texts()
         else []
     )
-    lengths = stream.pool.lengths
-    planned = np.stack([stream.global_batch(step) for step in range(run.steps)])  # [steps, global batch]
-    packed = lengths[planned].reshape(run.steps, layout.micro_batches, layout.rows).sum(-1) + sum(references)
-    step, micro = np.unravel_index(packed.argmax(), packed.shape)
-    largest = int(packed[step, micro])
+    tokens = trained = largest = 0
     cap = run.train.max_tokens_per_device
-    if cap is not None and largest > cap:
-        rows = stream.micro_batch(int(step), int(micro))
-        names = ", ".join(stream.pool.row_id(int(i)) for i in rows[:4]) + (" ..." if len(rows) > 4 else "")
-        raise ValueError(
-            f"--max_tokens_per_device {cap}: step {step + 1} packs {largest} tokens on rank {micro % layout.ranks} "
-            f"({names}): "
-            "lower --per_device_train_batch_size and raise --gradient_accumulation_steps, or lower --max_length"
-        )
+    for step in range(run.steps):
+        rows = stream.global_batch(step)
+        packed = stream.pool.lengths[rows].reshape(layout.micro_batches, layout.rows).sum(1) + sum(references)
+        micro = int(packed.argmax())
+        if cap is not None and packed[micro] > cap:
+            names = ", ".join(stream.pool.row_id(int(i)) for i in stream.micro_batch(step, micro)[:4])
+            raise ValueError(
+                f"--max_tokens_per_device {cap}: step {step + 1} packs {packed[micro]} tokens on rank "
+                f"{micro % layout.ranks} ({names}{' ...' if layout.rows > 4 else ''}): lower "
+                "--per_device_train_batch_size and raise --gradient_accumulation_steps, or lower --max_length"
+            )
+        tokens += int(stream.pool.lengths[rows].sum())
+        trained += int(stream.pool.trained[rows].sum())
+        largest = max(largest, int(packed[micro]))
     return {
         "steps": run.steps,
-        "tokens_per_step": float(lengths[planned].sum(1).mean()),
-        "trained_tokens_per_step": float(stream.pool.trained[planned].sum(1).mean()),
+        "tokens_per_step": tokens / run.steps,
+        "trained_tokens_per_step": trained / run.steps,
         "largest_packed_row": largest,
-        "reference_tokens_at_most": float(sum(references)),
+        "reference_tokens_at_most": sum(references),
     }
 
 
@@ -348,14 +353,14 @@ def _resume(run: Prepared) -> Path | None:
             )
         return None
     checkpoint = newest_complete(run.output_dir) if asked == "auto" else Path(asked)
-    if checkpoint is None:
-        return None  # nothing complete yet: the run starts, as a requeued job must be able to
-    read_marker(checkpoint)
-    if (checkpoint.parent / "run.json").exists():
-        before = json.loads((checkpoint.parent / "run.json").read_text(encoding="utf-8"))
+    if checkpoint is not None:
+        read_marker(checkpoint)
+        manifest = checkpoint.parent / "run.json"
+    if manifest.exists():
+        before = json.loads(manifest.read_text(encoding="utf-8"))
         now = {
             "arguments": run.record(), "method": run.method_name, "world_size": run.world.size, "data": run.sources,
         }  # fmt: skip
         if problems := resume_differences(before, now):
             raise Problems([f"--resume_from_checkpoint {asked}: {problem}" for problem in problems])
-    return checkpoint
+    return checkpoint  # None: nothing complete yet, so the run starts, as a requeued job must be able to

@@ -235,7 +235,7 @@ TRAIN = {"name": "t", "run": "train", "with": {"train_data": "policy:user"}}
         ),
         (
             {"name": "n", "stages": [{**TRAIN, "with": {"seed": "one"}}]},
-            ["stage t: argument --seed: invalid int value"],
+            ["stage t: --seed: invalid int value"],
         ),
         (
             {

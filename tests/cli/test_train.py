@@ -206,3 +206,42 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_it(
     assert "rank 1: rows train.jsonl:" in done.stdout + done.stderr
     assert not list(out.glob("checkpoint-*"))
     assert time.monotonic() - began < 120
+
+
+def test_an_adapter_is_exported_and_trained_on_from_where_it_stopped(flags: list[str], tmp_path: Path) -> None:
+    """LoRA checkpoint -> adapter folder -> a new run that begins at the loss the first one reached."""
+    train = flags[flags.index("--train_data") + 1]
+    evaluation = ["--eval_data", train, "--allow_overlap", "--alpha", "0", "--max_steps", "4"]
+    first = launch(*flags, *evaluation, "--lora_r", "4", "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "one"))
+    assert first.returncode == 0, first.stdout + first.stderr
+    exported = subprocess.run(
+        [sys.executable, "tools/zero_to_hf.py", str(tmp_path / "one"), str(tmp_path / "adapter"), "--dtype", "fp32"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    second = launch(
+        *flags, *evaluation, "--adapter_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "two")
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    losses = {name: [line["eval_loss"] for line in metrics(tmp_path / name) if "eval_loss" in line] for name in ("one", "two")}
+    assert losses["one"][-1] < losses["one"][0] - 0.01
+    assert losses["two"][0] == pytest.approx(losses["one"][-1], rel=1e-5)
+    assert losses["two"][-1] < losses["two"][0]
+
+
+def test_bf16_trains_reports_to_tensorboard_and_keeps_few_checkpoints(flags: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = launch(
+        *flags, "--bf16", "true", "--output_dir", str(out), "--max_steps", "8", "--save_steps", "2", "--alpha", "10",
+        "--save_total_limit", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler_type", "cosine",
+        "--warmup_steps", "0.25", "--report_to", "tensorboard",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = metrics(out)
+    assert lines[-1]["ce_loss"] < 0.9 * lines[0]["ce_loss"]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates.index(max(rates)) == 1, "two of eight steps warm up"
+    assert rates[-1] < 0.1 * max(rates)
+    assert [each.name for each in complete_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
+    assert list((out / "tensorboard").glob("events.out.*"))
+    assert "bf16" in done.stdout

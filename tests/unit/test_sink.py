@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Gemma2Config, MistralConfig
 
 from pipeline.sink import attention, backends
 from pipeline.sink.backends import Segments
 from pipeline.sink.column import sink_gradient, sink_logprob
 from pipeline.sink.divergence import SinkStep, penalty
-from pipeline.sink.support import refusals
+from pipeline.sink.support import attention_refusals, sink_refusals
 from tests.tiny import tiny_llama, tiny_qwen2
 
 ALPHA = 300.0
@@ -182,12 +183,22 @@ def test_backend_choice_is_explained_and_an_impossible_one_is_refused() -> None:
         backends.choose("cpu_flash", "cuda")
 
 
-def test_models_with_a_wrong_answer_are_refused() -> None:
+def test_settings_with_wrong_sink_statistics_are_refused() -> None:
     config = tiny_llama().config
-    assert refusals(config, {}) == []
-    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert "dynamic rotary scaling" in refusals(config, {})[0]
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    assert sink_refusals(config, {}) == []
     config.quantization_config = {"quant_method": "bitsandbytes"}
-    assert "quantised" in refusals(config, {})[0]
-    assert "sequence_parallel_size" in refusals(tiny_llama().config, {"sequence_parallel_size": 2})[0]
+    assert "quantised" in sink_refusals(config, {})[0]
+    assert "sequence_parallel_size" in sink_refusals(tiny_llama().config, {"sequence_parallel_size": 2})[0]
+    assert "deepcompile" in sink_refusals(tiny_llama().config, {"compile": {"deepcompile": True}})[0]
+
+
+def test_models_whose_attention_would_be_wrong_are_refused_before_they_are_loaded() -> None:
+    config = MistralConfig(sliding_window=64, num_hidden_layers=2)
+    assert attention_refusals(config, longest=64) == []
+    assert "sliding window of 64 tokens, and the longest text has 65" in attention_refusals(config, longest=65)[0]
+    assert attention_refusals(tiny_qwen2().config, longest=4096) == [], "Qwen2 has a window it does not use"
+    assert "caps its attention logits" in attention_refusals(Gemma2Config(), longest=8)[0]
+    llama = tiny_llama().config
+    llama.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert attention_refusals(llama, longest=2048) == [], "no text reaches the length at which it switches"
+    assert "dynamic rotary scaling, which switches at 2048" in attention_refusals(llama, longest=2049)[0]
