@@ -13,14 +13,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
 T = TypeVar("T")
+
+SILENCE = 10.0  # seconds that ranks other than 0 leave it to report a problem
 
 # Names that transformers users type and that mean something else here, or nothing any more.
 RENAMED = {
@@ -215,20 +218,13 @@ def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentP
     return parser
 
 
-def _unknown(name: str, known: Sequence[str], where: str) -> str:
+def _unknown(name: str, known: Sequence[str], elsewhere: Mapping[str, str], where: str) -> str:
     if name in RENAMED:
         return f"{where}: {RENAMED[name]}"
-    if methods := _methods_with(name):
-        return f"{where} is unknown here; it belongs to --method {' and '.join(methods)}"
+    if name in elsewhere:
+        return f"{where} is unknown here; it belongs to {elsewhere[name]}"
     near = difflib.get_close_matches(name, [each for each in known if "-" not in each], n=1)
     return f"{where} is unknown" + (f"; did you mean {near[0]}?" if near else "; see --help for the list")
-
-
-def _methods_with(name: str) -> list[str]:
-    """The training methods that have a flag: it may be left over from another --method."""
-    from pipeline.methods import METHODS, load_method
-
-    return [method for method in METHODS if name in {each.name for each in fields(load_method(method).Config)}]
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -279,13 +275,14 @@ def _read_groups(
     parser: argparse.ArgumentParser,
     groups: Iterable[tuple[str, list[str]]],
     known: Sequence[str],
+    elsewhere: Mapping[str, str],
     namespace: argparse.Namespace,
 ) -> Iterator[str]:
     """Parse one setting after the other into the namespace, so that no mistake hides the next; yields the mistakes."""
     for where, words in groups:
         name = words[0].removeprefix("--").split("=")[0]
         if words[0].startswith("--") and name not in known:
-            yield _unknown(name, known, where)
+            yield _unknown(name, known, elsewhere, where)
             continue
         try:
             _, extra = parser.parse_known_args(words, namespace)
@@ -296,9 +293,16 @@ def _read_groups(
             yield f"{where}: unexpected {' '.join(map(repr, extra))}"
 
 
-def parse(configs: Sequence[type], argv: Sequence[str] | None, *, description: str) -> Parsed:
+def parse(
+    configs: Sequence[type],
+    argv: Sequence[str] | None,
+    *,
+    description: str,
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> Parsed:
     """Parse flags over an optional recipe into one instance of each dataclass.
 
+    elsewhere: flags that are unknown here, by what they belong to, such as `--method NAME`.
     Errors: Problems with every mistake, each naming the flag, or the recipe's line and key, and the value or the
     nearest known name.
     """
@@ -306,10 +310,11 @@ def parse(configs: Sequence[type], argv: Sequence[str] | None, *, description: s
     options = {option.removeprefix("--"): each.dest for each in parser._actions for option in each.option_strings}
     settings = sorted(option for option, dest in options.items() if dest not in ("help", "config", "local_rank"))
     words = list(sys.argv[1:] if argv is None else argv)
-    namespace, problems = argparse.Namespace(), []
+    namespace = argparse.Namespace()
+    problems: list[str] = []
     if recipe := peek("config", words):
-        problems += _read_groups(parser, _recipe_groups(recipe, settings), settings, namespace)
-    problems += _read_groups(parser, _flag_groups(words), sorted(options), namespace)
+        problems += _read_groups(parser, _recipe_groups(recipe, settings), settings, elsewhere, namespace)
+    problems += _read_groups(parser, _flag_groups(words), sorted(options), elsewhere, namespace)
     given = {name: value for name, value in vars(namespace).items() if name not in ("config", "local_rank")}
     instances = []
     for config in configs:
@@ -343,7 +348,7 @@ def run_door(main: Callable[[], None]) -> NoReturn:
         if rank:
             # Every rank finds the same problems, and a launcher ends all ranks with the first that exits: rank 0 is to
             # speak for them. Who still lives after a while has a problem of its own, such as a file its node lacks.
-            time.sleep(10 + 2 * int(os.environ.get("LOCAL_RANK", "0")))
+            time.sleep(SILENCE + 2 * int(os.environ.get("LOCAL_RANK", "0")))
         for line in str(error).splitlines():
             print(f"error: rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -14,9 +14,8 @@ from pipeline.config import (  # noqa: E402
     peek,
     run_door,
 )
-from pipeline.methods import load_method  # noqa: E402
+from pipeline.methods import flags_of_others, load_method  # noqa: E402
 from pipeline.training.distributed import world  # noqa: E402
-from pipeline.training.method import NonFinite  # noqa: E402
 
 
 def main() -> None:
@@ -28,6 +27,7 @@ def main() -> None:
         [ModelArguments, DataArguments, LoraArguments, TrainArguments, method_class.Config],
         sys.argv[1:],
         description=__doc__,
+        elsewhere=flags_of_others(name),
     )
     from pipeline.training.preflight import prepare
     from pipeline.training.run import dry_run, execute
@@ -37,10 +37,7 @@ def main() -> None:
         if here.main:
             print(dry_run(run))
         return
-    try:
-        execute(run)
-    except NonFinite as error:
-        sys.exit(f"error: {error}" if here.main else 1)
+    execute(run)
 
 
 if __name__ == "__main__":

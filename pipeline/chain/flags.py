@@ -24,7 +24,8 @@ def check_flags(stages: Sequence[Stage]) -> None:
             if stage.run in FLAGS:
                 _check_names(stage)
             else:
-                parse(_configs(stage), stage.arguments(), description=stage.door.file)
+                configs, elsewhere = _configs(stage)
+                parse(configs, stage.arguments(), description=stage.door.file, elsewhere=elsewhere)
         except ValueError as error:
             problems += [f"stage {stage.name}: {line}" for line in str(error).splitlines()]
     if problems:
@@ -39,17 +40,19 @@ def _check_names(stage: Stage) -> None:
         raise Problems(problems)
 
 
-def _configs(stage: Stage) -> list[type]:
-    """The dataclasses whose fields are the door's flags; imported here, because they bring torch with them."""
+def _configs(stage: Stage) -> tuple[list[type], dict[str, str]]:
+    """The dataclasses whose fields are the door's flags, and the flags it has with other methods; imported here,
+    because they bring torch with them."""
     if stage.run == "train":
-        from pipeline.methods import load_method
+        from pipeline.methods import flags_of_others, load_method
 
-        method = load_method(peek("method", stage.arguments()) or TrainArguments.method)
-        return [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config]
+        name = peek("method", stage.arguments()) or TrainArguments.method
+        configs = [ModelArguments, DataArguments, LoraArguments, TrainArguments, load_method(name).Config]
+        return configs, flags_of_others(name)
     if stage.run == "assess":
         from pipeline.evaluation.run import AssessArguments
 
-        return [ModelArguments, AssessArguments]
+        return [ModelArguments, AssessArguments], {}
     from pipeline.evaluation.sinks import MeasureArguments
 
-    return [ModelArguments, MeasureArguments]
+    return [ModelArguments, MeasureArguments], {}

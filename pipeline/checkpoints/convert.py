@@ -119,7 +119,7 @@ def _write_model(checkpoint: Path, shards: Zero3Shards, dtype: torch.dtype, fold
     tensors.update({alias: tensors[name] for alias, name in shards.aliases.items()})
     _compare(tensors, model.state_dict(), shards.folder)
     model.load_state_dict(tensors, assign=True)
-    model.tie_weights()  # assign=True gives each name a parameter of its own
+    # Tied names share one storage here, by which save_pretrained keeps only one of them.
     model.save_pretrained(folder)
 
 

@@ -53,15 +53,15 @@ class ChatEncoder:
     Only assistant turns are trained: the answer and the token that ends the turn, not the whitespace after it.
     Rows longer than ``max_length`` tokens are cut on the right.
 
+    ``flag`` is the command-line flag that ``max_length`` was given to, for messages.
+
     Raises:
         ValueError: the tokenizer has no chat template, or ``max_length`` is below 2.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, flag: str = "max_length") -> None:
         if max_length < 2:
-            raise ValueError(
-                f"--max_length {max_length}: at least 2 tokens are needed, one to read and one to predict"
-            )
+            raise ValueError(f"--{flag} {max_length}: at least 2 tokens are needed, one to read and one to predict")
         if not tokenizer.chat_template:
             raise ValueError(
                 f"--model_name_or_path {tokenizer.name_or_path}: its tokenizer has no chat template; take the model's "
@@ -69,6 +69,7 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._flag = flag
         self._template = str(tokenizer.get_chat_template())
         self._marked = _GENERATION_MARK.search(self._template) is not None
         self._bos: int | None = tokenizer.bos_token_id
@@ -97,8 +98,8 @@ class ChatEncoder:
         if all(label == IGNORE for label in kept[1:]):
             if truncated:
                 raise ValueError(
-                    f"{row_id}: no trained token is left after cutting its {len(ids)} tokens to --max_length "
-                    f"{self.max_length}; raise --max_length or remove the row"
+                    f"{row_id}: no trained token is left after cutting its {len(ids)} tokens to --{self._flag} "
+                    f"{self.max_length}; raise --{self._flag} or remove the row"
                 )
             raise ValueError(f"{row_id}: no trained token, the chat template marks nothing as the assistant's")
         return Example(row_id, ids[: self.max_length], kept, truncated)

@@ -26,29 +26,31 @@ def mix(
     """
     generator = np.random.default_rng(seed)
     if attack is None:
-        return list(user) if sample_num is None else _draw(user, sample_num, "--train_data", generator)
+        if sample_num is None:
+            return list(user)
+        return _draw(user, sample_num, f"--sample_num {sample_num}", "--train_data", generator)
     ratio = poison_ratio if poison_ratio is not None else 0.0
     if sample_num is None:
         fits = [len(user) / (1 - ratio)] if ratio < 1 else []
         fits += [len(attack) / ratio] if ratio > 0 else []
         sample_num = int(min(fits))
     poisoned = round(ratio * sample_num)
-    return _draw(user, sample_num - poisoned, "--train_data", generator) + _draw(
-        attack, poisoned, "--attack_data", generator
+    asked = f"--sample_num {sample_num} at --poison_ratio {ratio}"
+    return _draw(user, sample_num - poisoned, asked, "--train_data", generator) + _draw(
+        attack, poisoned, asked, "--attack_data", generator
     )
 
 
-def _draw(pool: Sequence[Conversation], count: int, flag: str, generator: np.random.Generator) -> list[Conversation]:
+def _draw(
+    pool: Sequence[Conversation], count: int, asked: str, flag: str, generator: np.random.Generator
+) -> list[Conversation]:
     if count > len(pool):
-        raise ValueError(
-            f"{flag} has {len(pool)} rows, and --sample_num and --poison_ratio ask for {count} of them: "
-            "lower --sample_num"
-        )
+        raise ValueError(f"{asked}: takes {count} rows of {flag}, which has {len(pool)}: lower --sample_num")
     return [pool[int(i)] for i in np.sort(generator.choice(len(pool), size=count, replace=False))]
 
 
 def overlaps(pools: Mapping[str, Sequence[Conversation]]) -> list[str]:
-    """One message for each pair of pools (by flag) that share a row."""
+    """One message for each pair of pools, each named by its flag, that share a row."""
     problems = []
     names = list(pools)
     for i, first in enumerate(names):
@@ -57,7 +59,7 @@ def overlaps(pools: Mapping[str, Sequence[Conversation]]) -> list[str]:
             shared = [each for each in pools[second] if each.key in where]
             if shared:
                 problems.append(
-                    f"--{first} and --{second} share {len(shared)} rows, the first at {where[shared[0].key]} and "
+                    f"{first} and {second} share {len(shared)} rows, the first at {where[shared[0].key]} and "
                     f"{shared[0].id}: "
                     "use disjoint rows, or --allow_overlap"
                 )

@@ -144,6 +144,10 @@ def _text(fields: Mapping[str, Any], key: str, where: str = "") -> str:
         raise _RowError(f"{where}{key!r} is a {type(value).__name__}, expected text")
     if not value.strip():
         raise _RowError(f"{where}{key!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # an emoji cut in two: no tokenizer takes it
+        raise _RowError(f"{where}{key!r} holds half a character, {value[error.start]!a}; remove it") from error
     return value
 
 

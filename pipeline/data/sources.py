@@ -53,14 +53,14 @@ def read_rows(spec: str, *, flag: str) -> list[Row]:
     """
     body, bounds = spec, None
     match = _SLICE.match(spec)
-    if match and not Path(spec).exists():
-        body, bounds = match["body"], (match["first"], match["stop"])
     try:
+        if match and not Path(spec).exists():
+            body, bounds = match["body"], (match["first"], match["stop"])
         rows = _read(body)
         if not rows:
             raise _SpecError("empty, it holds no rows")
         return rows if bounds is None else _cut(rows, *bounds)
-    except _SpecError as error:
+    except (_SpecError, OSError) as error:
         raise ValueError(f"--{flag} {spec}: {error}") from error
 
 
@@ -113,13 +113,16 @@ def _read_file(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows, problems = [], []
-    # utf-8-sig: spreadsheet programs write a byte-order mark.
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:  # not as text, whose decoder reads ahead and cannot name the line
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
+                # utf-8-sig: spreadsheet programs write a byte-order mark.
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                problems.append(f"{path.name}:{number}: not UTF-8 text ({error.reason} at byte {error.start + 1})")
+                continue
             except json.JSONDecodeError as error:
                 problems.append(f"{path.name}:{number}: not valid JSON: {error.msg} at column {error.colno}")
                 continue

@@ -28,7 +28,8 @@ class Loss:
 def cross_entropy(model: Any, examples: Sequence[Example], *, pad_token: int, label: str) -> Loss:
     """The token mean over all examples together (not a mean of row means), summed in fp64.
 
-    Rows of similar length share a batch and are padded on the right, which no causal model can see.
+    Rows of similar length share a batch and are padded on the right: a causal model never looks there, so no mask
+    is built.
     """
     progress = Progress(label, total=len(examples))
     total, count = 0.0, 0
@@ -36,11 +37,9 @@ def cross_entropy(model: Any, examples: Sequence[Example], *, pad_token: int, la
         width = max(len(example.input_ids) for example in batch)
         ids = torch.full((len(batch), width), pad_token)
         targets = torch.full((len(batch), width), IGNORE)
-        mask = torch.zeros_like(ids)
         for row, example in enumerate(batch):
             length = len(example.input_ids)
             ids[row, :length] = torch.tensor(example.input_ids)
-            mask[row, :length] = 1
             # Position i predicts token i + 1.
             targets[row, : length - 1] = torch.tensor(example.labels[1:])
         # Only the columns where some row is trained reach the output projection: its logits are the largest tensor.
@@ -48,7 +47,6 @@ def cross_entropy(model: Any, examples: Sequence[Example], *, pad_token: int, la
         targets = targets[:, columns].to(model.device)
         logits = model(
             input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
             logits_to_keep=columns.to(model.device),
             use_cache=False,
         ).logits
@@ -56,7 +54,7 @@ def cross_entropy(model: Any, examples: Sequence[Example], *, pad_token: int, la
         losses = F.cross_entropy(logits[trained].float(), targets[trained], reduction="none")
         total += losses.double().sum().item()
         count += losses.numel()
-        progress.update(len(batch), int(mask.sum()))
+        progress.update(len(batch), sum(len(example.input_ids) for example in batch))
     return Loss(total / count, count)
 
 

@@ -59,8 +59,8 @@ def assess(model_arguments: ModelArguments, arguments: AssessArguments) -> dict[
 def summary(results: dict[str, Any]) -> str:
     """The scores for a terminal: numbers only, never an answer."""
     lines = []
-    for suite, scores_ in results["suites"].items():
-        for name, score in scores_.items():
+    for suite, shares in results["suites"].items():
+        for name, score in shares.items():
             share, interval = f"{score['value']:.1%}", f"{score['low']:.1%} to {score['high']:.1%}"
             lines.append(f"{suite:<12} {name:<16} {share:>7}  ({interval}, {score['k']} of {score['n']})")
     for name, loss in results["losses"].items():
@@ -203,7 +203,8 @@ def _keep_apart(path: Path, settings: dict[str, Any]) -> None:
     now = {name: value for name, value in settings.items() if name not in ("model", "adapter")}
     for group in ("suites", "loss_data", "versions"):  # further suites and data sets may join
         now.update({f"{group} {name}": value for name, value in now.pop(group).items()})
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    answered = path.is_file() and any(path.parent.glob("*.jsonl"))
+    before = json.loads(path.read_text(encoding="utf-8")) if answered else {}
     for name in now:
         if name in before and now[name] != before[name]:
             raise ValueError(

@@ -3,6 +3,7 @@ training)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pipeline.sink import attention, backends
 from pipeline.sink.backends import Segments
 from pipeline.sink.divergence import SinkStep, penalty
 from pipeline.training.manifest import write_json
+
+TEXTS_AT_ONCE = 16  # texts packed into one forward pass
 
 
 @dataclass
@@ -58,10 +61,7 @@ def measure(model: ModelArguments, arguments: MeasureArguments) -> dict[str, Any
             )
     backend, reason = backends.choose("auto", evaluated.device.type)
     loaded = evaluated.load(attention.register(backend))
-    means = {
-        flag: torch.stack([sink_mean(loaded, each, arguments.sink_token_position) for each in group]).mean(0)
-        for flag, group in texts.items()
-    }
+    means = {flag: sink_mean(loaded, group, arguments.sink_token_position) for flag, group in texts.items()}
     divergence = means["harmful_data"] - means["harmless_data"]
     result = {
         "model": evaluated.name,
@@ -79,20 +79,25 @@ def measure(model: ModelArguments, arguments: MeasureArguments) -> dict[str, Any
 
 
 @torch.no_grad()
-def sink_mean(model: Any, text: Example, position: int) -> Tensor:
-    """a_lh [L,H] fp32 on the CPU: the mean sink attention of one text's queries after the sink."""
+def sink_mean(model: Any, texts: Sequence[Example], position: int) -> Tensor:
+    """a_lh [L,H] fp32 on the CPU: the mean over texts of the mean sink attention of a text's queries."""
     config = model.config.get_text_config()
-    batch = pack([], [text]).to(next(model.parameters()).device)
-    sink = SinkStep(
-        start=0, harmful=1, bounds=batch.bounds, layers=config.num_hidden_layers, heads=config.num_attention_heads,
-        alpha=0.0, position=position,
-    )  # fmt: skip
-    model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        segments=Segments.from_bounds(batch.bounds, batch.input_ids.device),
-        sink=sink,
-        logits_to_keep=1,
-        use_cache=False,
-    )
-    return sink.divergence().cpu()
+    device = next(model.parameters()).device
+    total = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
+    for first in range(0, len(texts), TEXTS_AT_ONCE):
+        packed = texts[first : first + TEXTS_AT_ONCE]
+        batch = pack([], packed).to(device)
+        sink = SinkStep(
+            start=0, harmful=len(packed), bounds=batch.bounds, layers=config.num_hidden_layers,
+            heads=config.num_attention_heads, alpha=0.0, position=position,
+        )  # fmt: skip
+        model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            segments=Segments.from_bounds(batch.bounds, device),
+            sink=sink,
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        total += len(packed) * sink.divergence().cpu()  # against no harmless text: the mean of these texts
+    return total / len(texts)

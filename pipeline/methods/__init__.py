@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import fields
 
 from pipeline.training.method import Method
 
@@ -19,3 +20,10 @@ def load_method(name: str) -> type[Method]:
     module, cls = METHODS[name].split(":")
     loaded: type[Method] = getattr(importlib.import_module(module), cls)
     return loaded
+
+
+def flags_of_others(name: str) -> dict[str, str]:
+    """The flags of all other methods, each with the `--method` it belongs to: one is easily left over from another
+    run."""
+    others = [each for each in METHODS if each != name]
+    return {flag.name: f"--method {each}" for each in others for flag in fields(load_method(each).Config)}

@@ -13,10 +13,12 @@ micro-batch draws its own pair, and the penalty is the mean over micro-steps and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config import Problems
 from pipeline.sink.divergence import SinkStep, penalty
 from pipeline.sink.support import sink_refusals
 from pipeline.training.method import Method, StepContext
@@ -32,12 +34,13 @@ class SurgeryConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise ValueError(f"--alpha {self.alpha}: the penalty's weight cannot be negative")
+        problems = []
+        if not 0 <= self.alpha < math.inf:
+            problems.append(f"--alpha {self.alpha}: the penalty's weight is a number of 0 or more")
         if self.sink_token_position < 0:
-            raise ValueError(
-                f"--sink_token_position {self.sink_token_position}: count from 0 at the start of the text"
-            )
+            problems.append(f"--sink_token_position {self.sink_token_position}: count from 0 at the start of the text")
+        if problems:
+            raise Problems(problems)
 
 
 class Surgery(Method):

@@ -80,9 +80,9 @@ def flash_attention_2(
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, lse_from: int) -> tuple[Tensor, Tensor]:
-    """torch.nn.attention.varlen: flash attention 2 inside PyTorch, CUDA only. Its LSE is documented as [T, H] and came
-    as [H, T] in
-    some releases, so the layout is read off the shape; a square one is [T, H]."""
+    """torch.nn.attention.varlen: flash attention 2 inside PyTorch, CUDA only. Its LSE is [H, T], although its
+    documentation
+    says [T, H]."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     cu, longest = segments.cu_seqlens, segments.longest
@@ -90,8 +90,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, ls
         q, k, v, cu, cu, longest, longest,
         return_aux=AuxRequest(lse=True), scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    if lse.shape[0] == q.shape[0]:
-        lse = lse.transpose(0, 1)
+    assert lse.shape == (q.shape[1], q.shape[0]), f"varlen_attn returned an LSE of shape {tuple(lse.shape)}"
     return out, lse[:, lse_from:].detach()
 
 

@@ -38,9 +38,7 @@ def sink_refusals(config: Any, ds_config: Mapping[str, Any]) -> list[str]:
     """Why sink statistics would be wrong with this model or DeepSpeed configuration; empty if they are right."""
     reasons = []
     if getattr(config, "quantization_config", None):
-        reasons.append(
-            f"{config.model_type} is quantised, and the penalty trains q and k: give the unquantised model"
-        )
+        reasons.append(f"{config.model_type} is quantised, and the penalty trains q and k: give the unquantised model")
     if int(ds_config.get("sequence_parallel_size", 1) or 1) > 1:
         reasons.append(
             "ds_config sequence_parallel_size > 1 splits a text over ranks, and the sink mean needs it whole"

@@ -6,7 +6,7 @@ budget, run folder.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.builtin_model import resolve_model
-from pipeline.checkpoints.markers import newest_complete, read_marker
 from pipeline.config import DataArguments, LoraArguments, ModelArguments, Parsed, Problems, TrainArguments
 from pipeline.data.cache import EncodedPool, encode_pool
 from pipeline.data.chat import ChatEncoder
 from pipeline.data.pools import mix, overlaps
 from pipeline.data.schema import Conversation, read_conversations
 from pipeline.data.streams import Layout, Stream
+from pipeline.sink.backends import choose
 from pipeline.sink.support import attention_refusals
+from pipeline.training.adapters import check_adapter
 from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
-from pipeline.training.manifest import resume_differences
 from pipeline.training.method import Method
-from pipeline.training.settings import settings_problems
+from pipeline.training.run_folder import check_run_folder, resume_point, run_folder
+from pipeline.training.settings import mixture_problems, settings_problems
 
 REFERENCE_POOLS = ("harmful", "harmless")
 KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
@@ -60,7 +62,7 @@ class Prepared:
     @property
     def output_dir(self) -> Path:
         """The run folder."""
-        return Path(self.train.output_dir or f"runs/{self.method_name}")
+        return run_folder(self.train, self.method_name)
 
     @property
     def attacked(self) -> bool:
@@ -97,7 +99,11 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     train = parsed[TrainArguments]
     gather = _Gather()
     gather.problems += settings_problems(parsed.given, method, data, lora, train)
+    with gather():
+        check_run_folder(train, method_name)
     train = _device_defaults(train)
+    with gather():
+        choose(train.attention, "cuda" if torch.cuda.is_available() else "cpu")
 
     model_path, config, tokenizer = "", None, None
     with gather():
@@ -108,21 +114,21 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     with gather():
         ds_config, train = _resolve_ds(train, parsed.given, config, here)
     if config is not None:
-        gather.problems += method.refuse(config.get_text_config(), ds_config)
+        gather.problems += _placed(method.refuse(config.get_text_config(), ds_config), model, train)
         with gather():
             check_adapter(config, lora, model)
 
     data = _default_references(method, data, gather)
     pools = _read_pools(data, method, train.seed, gather)
     if not data.allow_overlap:
-        gather.problems += overlaps({name: rows for name, (_, rows) in pools.items()})
+        gather.problems += overlaps({_flag(name): rows for name, (_, rows) in pools.items()})
     encoded: dict[str, EncodedPool] = {}
     if tokenizer is not None:
         encoded = _encode(pools, data, tokenizer, method, gather)
+    gather.problems += _short_references(encoded, method)
     if encoded and not gather.problems:
-        gather.problems += _short_references(encoded, method)
         longest = max(int(pool.lengths.max()) for pool in encoded.values())
-        gather.problems += attention_refusals(config.get_text_config(), longest)
+        gather.problems += _placed(attention_refusals(config.get_text_config(), longest), model, train)
     gather.stop()
 
     layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
@@ -149,15 +155,23 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     with gather():
         prepared.budget = token_budget(prepared)
     with gather():
-        prepared.resume = _resume(prepared)
+        prepared.resume = resume_point(prepared)
     gather.stop()
     return prepared
 
 
 def _device_defaults(train: TrainArguments) -> TrainArguments:
-    import torch
-
     return replace(train, bf16=torch.cuda.is_available() if train.bf16 is None else train.bf16)
+
+
+def _placed(reasons: list[str], model: ModelArguments, train: TrainArguments) -> list[str]:
+    """Each reason behind the flag and the value it is about: the ds_config, or else the model."""
+    return [
+        f"--ds_config {train.ds_config}: {each.removeprefix('ds_config ')}"
+        if each.startswith("ds_config ")
+        else f"--model_name_or_path {model.model_name_or_path}: {each}"
+        for each in reasons
+    ]
 
 
 def _model_config(path: str, model: ModelArguments) -> Any:
@@ -166,7 +180,8 @@ def _model_config(path: str, model: ModelArguments) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {path}: {str(error).splitlines()[0]}") from error
+        missing = "" if Path(path).exists() else "no such folder, and no such model on the hub or in its cache: "
+        raise ValueError(f"--model_name_or_path {path}: {missing}{str(error).splitlines()[0]}") from error
 
 
 def _tokenizer(path: str, model: ModelArguments) -> Any:
@@ -175,7 +190,9 @@ def _tokenizer(path: str, model: ModelArguments) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {path}: no tokenizer: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--model_name_or_path {path}: no usable tokenizer beside the model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _resolve_ds(
@@ -183,7 +200,17 @@ def _resolve_ds(
 ) -> tuple[dict[str, Any], TrainArguments]:
     hidden = config.get_text_config().hidden_size if config is not None else 1  # a run without a model stops anyway
     values = {**asdict(train), "world_size": here.size, "hidden_size": hidden}
-    resolved, overrides = resolve_ds_config(load_ds_config(train.ds_config), values, given)
+    loaded = load_ds_config(train.ds_config)
+    try:
+        resolved, overrides = resolve_ds_config(loaded, values, given)
+    except Problems as error:
+        named = [problem.removeprefix("ds_config ") for problem in error.problems]
+        raise Problems([f"--ds_config {train.ds_config}: {problem}" for problem in named]) from error
+    if "optim" in given and "optimizer" in resolved:
+        raise ValueError(
+            f"--optim {train.optim} has no effect with the optimizer section of --ds_config {train.ds_config}: "
+            "drop the flag or the section"
+        )
     train = replace(train, **overrides)
     stage = resolved.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
@@ -193,42 +220,6 @@ def _resolve_ds(
     if resolved.get("fp16", {}).get("enabled"):
         raise ValueError(f"--ds_config {train.ds_config}: fp16 is not supported: use bf16, or fp32 (--bf16 false)")
     return resolved, train
-
-
-def check_adapter(config: Any, lora: LoraArguments, model: ModelArguments) -> None:
-    """Errors: ValueError if LoRA and an adapter are both asked for, or if the target modules match nothing in the
-    model."""
-    if not lora.lora_r:
-        return
-    if model.adapter_name_or_path:
-        raise ValueError("--lora_r makes a new adapter and --adapter_name_or_path continues one: give one of the two")
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    try:
-        get_peft_model(skeleton, lora_config(lora))
-    except ValueError as error:
-        leaves = sorted(
-            {name.rsplit(".", 1)[-1] for name, each in skeleton.named_modules() if isinstance(each, torch.nn.Linear)}
-        )
-        raise ValueError(
-            f"--lora_target_modules {' '.join(lora.lora_target_modules)}: matches no module; "
-            f"this model has {', '.join(leaves)}"
-        ) from error
-
-
-def lora_config(lora: LoraArguments) -> Any:
-    """The PEFT configuration of the flags."""
-    from peft import LoraConfig
-
-    targets: Any = lora.lora_target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM", r=lora.lora_r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )  # fmt: skip
 
 
 def _default_references(method: Method, data: DataArguments, gather: _Gather) -> DataArguments:
@@ -252,30 +243,32 @@ def _read_pools(
         return read_conversations(spec, flag=flag, keep=KEEP.get(pool, "all"), system_prompt=data.system_prompt)  # type: ignore[arg-type]
 
     pools: dict[str, tuple[str, list[Conversation]]] = {}
+    user, attack = None, None
     with gather():
         user = read(data.train_data, "train_data", "train")
+    with gather():
         attack = read(data.attack_data, "attack_data", "attack") if data.attack_data else None
-        rows = mix(user, attack, sample_num=data.sample_num, poison_ratio=data.poison_ratio, seed=seed)
-        pools["train"] = (data.train_data + (f" + {data.attack_data}" if data.attack_data else ""), rows)
+    if user is not None and bool(attack) == bool(data.attack_data) and not mixture_problems(data, seed):
+        with gather():
+            rows = mix(user, attack, sample_num=data.sample_num, poison_ratio=data.poison_ratio, seed=seed)
+            pools["train"] = (data.train_data + (f" + {data.attack_data}" if data.attack_data else ""), rows)
     for pool in method.pools:
         with gather():
             if spec := getattr(data, f"{pool}_data"):
                 pools[pool] = (spec, read(spec, f"{pool}_data", pool))
     for each in data.eval_data:
-        name, equals, spec = each.partition("=")
-        name, spec = (name, spec) if equals else ("eval", each)
+        named = re.fullmatch(r"([\w.-]+)=(.+)", each)  # else a path that holds an equals sign
+        name, spec = named.groups() if named else ("eval", each)
         with gather():
             if f"eval:{name}" in pools:
                 raise ValueError(f"--eval_data {each}: two evaluation sets are named {name}: write name=SPEC")
             pools[f"eval:{name}"] = (spec, read(spec, "eval_data", "eval")[: data.eval_max_rows])
-    for name, (spec, rows) in pools.items():
-        if not rows:
-            gather.problems.append(f"{_flag(name)} {spec}: no usable row")
-    return pools
+    gather.problems += [f"{_flag(name)} {spec}: no usable row" for name, (spec, rows) in pools.items() if not rows]
+    return {name: (spec, rows) for name, (spec, rows) in pools.items() if rows}
 
 
 def _flag(pool: str) -> str:
-    return "--eval_data" if pool.startswith("eval:") else f"--{pool}_data"
+    return f"--eval_data {pool.removeprefix('eval:')}" if pool.startswith("eval:") else f"--{pool}_data"
 
 
 def _encode(
@@ -287,9 +280,15 @@ def _encode(
 ) -> dict[str, EncodedPool]:
     encoded = {}
     for name, (_, rows) in pools.items():
-        length = data.reference_max_length if name in method.pools else data.max_length
+        flag = "reference_max_length" if name in method.pools else "max_length"
         with gather():
-            encoded[name] = encode_pool(rows, ChatEncoder(tokenizer, max_length=length), Path(data.cache_dir))
+            encoder = ChatEncoder(tokenizer, max_length=getattr(data, flag), flag=flag)
+            try:
+                encoded[name] = encode_pool(rows, encoder, Path(data.cache_dir))
+            except OSError as error:
+                raise ValueError(
+                    f"--cache_dir {data.cache_dir}: {error}: name a folder that can be written"
+                ) from error
     return encoded
 
 
@@ -297,11 +296,15 @@ def _short_references(encoded: dict[str, EncodedPool], method: Method) -> list[s
     need = method.shortest_reference()
     problems = []
     for name in method.pools:
-        short = int(np.argmin(encoded[name].lengths))
-        if encoded[name].lengths[short] < need:
+        if name not in encoded:
+            continue
+        lengths = encoded[name].lengths
+        short = int(np.argmin(lengths))
+        if lengths[short] < need:
             problems.append(
-                f"--sink_token_position {need - 2}: {encoded[name].row_id(short)} of --{name}_data has only "
-                f"{encoded[name].lengths[short]} tokens, and {need} are needed for one query after the sink"
+                f"--sink_token_position {need - 2}: {encoded[name].row_id(short)} of --{name}_data has "
+                f"{lengths[short]} tokens, and {need} are needed for one query after the sink: lower it, or remove "
+                "the short rows"
             )
     return problems
 
@@ -338,29 +341,3 @@ def token_budget(run: Prepared) -> dict[str, float]:
         "largest_packed_row": largest,
         "reference_tokens_at_most": sum(references),
     }
-
-
-def _resume(run: Prepared) -> Path | None:
-    """The checkpoint to continue from. Errors: ValueError if the folder holds another run, or the checkpoint cannot
-    continue it."""
-    asked = run.train.resume_from_checkpoint
-    manifest = run.output_dir / "run.json"
-    if asked is None:
-        if manifest.exists():
-            raise ValueError(
-                f"--output_dir {run.output_dir}: holds another run: "
-                "give --resume_from_checkpoint auto, or another folder"
-            )
-        return None
-    checkpoint = newest_complete(run.output_dir) if asked == "auto" else Path(asked)
-    if checkpoint is not None:
-        read_marker(checkpoint)
-        manifest = checkpoint.parent / "run.json"
-    if manifest.exists():
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        now = {
-            "arguments": run.record(), "method": run.method_name, "world_size": run.world.size, "data": run.sources,
-        }  # fmt: skip
-        if problems := resume_differences(before, now):
-            raise Problems([f"--resume_from_checkpoint {asked}: {problem}" for problem in problems])
-    return checkpoint  # None: nothing complete yet, so the run starts, as a requeued job must be able to

@@ -15,13 +15,14 @@ from pipeline.training.distributed import initialize_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
+from pipeline.training.method import NonFinite
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.preflight import Prepared
 from pipeline.training.state import load, seed_everything
 
 
 def execute(run: Prepared) -> None:
-    """Train. Errors: NonFinite if a loss or gradient is NaN or infinite, on all ranks together."""
+    """Train. A NaN or infinite loss or gradient ends all ranks together with exit code 1 and one message."""
     device = initialize_process_group(run.world)
     try:
         engine, loop = start(run, device)
@@ -30,6 +31,11 @@ def execute(run: Prepared) -> None:
         loop.train()
         if run.world.main:
             print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
+    except NonFinite as error:
+        if run.world.main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # the launcher ends every rank with the first one that exits: rank 0 speaks before that
+        sys.exit(1)
     finally:
         dist.destroy_process_group()
 

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.config import DataArguments, LoraArguments, TrainArguments
 from pipeline.training.method import Method
 from pipeline.training.metrics import missing_tracker
 
-NOT_BY_STEP = {"reduce_lr_on_plateau", "greedy"}  # schedules that follow a metric, which this loop does not feed
+# Schedules that follow a metric, which this loop does not feed them, or that need arguments that no flag gives.
+UNSUPPORTED_SCHEDULES = {
+    "reduce_lr_on_plateau", "greedy", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+}  # fmt: skip
+
+# Flags by the lowest value of their number and the first that is too high.
+RANGES: dict[tuple[float, float], tuple[str, ...]] = {
+    (1, math.inf): (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_device", "logging_steps",
+        "eval_steps", "eval_max_rows", "save_steps", "save_total_limit", "lora_alpha",
+    ),
+    (0, math.inf): ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "lora_r"),
+    (0, 1): ("adam_beta1", "adam_beta2", "lora_dropout"),
+}  # fmt: skip
 
 
 def settings_problems(
     given: set[str], method: Method, data: DataArguments, lora: LoraArguments, train: TrainArguments
 ) -> list[str]:
     """One message for each flag that was given and would do nothing, lacks its partner, or has an impossible value."""
-    problems = _without_effect(given, method, data, lora, train) + _impossible(data, train)
+    problems = (
+        _without_effect(given, method, data, lora, train)
+        + mixture_problems(data, train.seed)
+        + _impossible(data, lora, train)
+    )
     if problem := missing_tracker(train.report_to):
         problems.append(problem)
     return problems
@@ -25,11 +44,14 @@ def settings_problems(
 def _without_effect(
     given: set[str], method: Method, data: DataArguments, lora: LoraArguments, train: TrainArguments
 ) -> list[str]:
+    values = {**asdict(data), **asdict(lora), **asdict(train)}
     problems = []
 
     def useless(flag: str, unless: bool, why: str) -> None:
         if flag in given and not unless:
-            problems.append(f"--{flag} has no effect {why}")
+            value = values[flag]
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            problems.append(f"--{flag} {shown} has no effect {why}: leave it out")
 
     for pool in ("harmful", "harmless"):
         useless(f"{pool}_data", pool in method.pools, "with this --method, which reads no such pool")
@@ -44,29 +66,38 @@ def _without_effect(
     useless("num_train_epochs", train.max_steps <= 0, "with --max_steps, which replaces it")
     useless(
         "warmup_steps", train.lr_scheduler_type != "constant" or train.warmup_steps == 0,
-        "with --lr_scheduler_type constant: use constant_with_warmup",
+        "with --lr_scheduler_type constant (constant_with_warmup has a warm-up)",
     )  # fmt: skip
     return problems
 
 
-def _impossible(data: DataArguments, train: TrainArguments) -> list[str]:
+def mixture_problems(data: DataArguments, seed: int) -> list[str]:
+    """Why the training rows cannot be drawn, whatever the pools hold."""
     problems = []
     if data.attack_data is not None and data.poison_ratio is None:
-        problems.append("--attack_data needs --poison_ratio, the share of the training rows taken from it")
+        problems.append(
+            f"--attack_data {data.attack_data} needs --poison_ratio, the share of the training rows taken from it"
+        )
     if data.poison_ratio is not None and not 0 <= data.poison_ratio <= 1:
         problems.append(f"--poison_ratio {data.poison_ratio}: give a share between 0 and 1")
-    positive = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-    )
-    for name in positive:
-        if (value := getattr(train, name)) is not None and value < 1:
-            problems.append(f"--{name} {value}: give 1 or more")
-    if train.max_steps <= 0 and train.num_train_epochs <= 0:
+    if data.sample_num is not None and data.sample_num < 1:
+        problems.append(f"--sample_num {data.sample_num}: give 1 or more")
+    if seed < 0:
+        problems.append(f"--seed {seed}: give 0 or more")
+    return problems
+
+
+def _impossible(data: DataArguments, lora: LoraArguments, train: TrainArguments) -> list[str]:
+    values = {**asdict(data), **asdict(lora), **asdict(train)}
+    problems = []
+    for (lowest, end), names in RANGES.items():
+        expected = f"{lowest} or more" + (f", below {end}" if end < math.inf else "")
+        for name in names:
+            if values[name] is not None and not lowest <= values[name] < end:
+                problems.append(f"--{name} {values[name]}: give {expected}")
+    if train.max_steps < 1 and train.max_steps != TrainArguments.max_steps:
+        problems.append(f"--max_steps {train.max_steps}: give 1 or more, or leave it out for --num_train_epochs")
+    if train.max_steps < 1 and not 0 < train.num_train_epochs < math.inf:
         problems.append(f"--num_train_epochs {train.num_train_epochs}: give more than 0, or --max_steps")
     try:
         checkpointing_kwargs(train)
@@ -74,7 +105,7 @@ def _impossible(data: DataArguments, train: TrainArguments) -> list[str]:
         problems.append(str(error))
     from transformers.trainer_utils import SchedulerType
 
-    schedules = sorted({each.value for each in SchedulerType} - NOT_BY_STEP)
+    schedules = sorted({each.value for each in SchedulerType} - UNSUPPORTED_SCHEDULES)
     if train.lr_scheduler_type not in schedules:
         problems.append(f"--lr_scheduler_type {train.lr_scheduler_type}: choose one of {', '.join(schedules)}")
     return problems

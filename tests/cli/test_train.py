@@ -212,7 +212,9 @@ def test_an_adapter_is_exported_and_trained_on_from_where_it_stopped(flags: list
     """LoRA checkpoint -> adapter folder -> a new run that begins at the loss the first one reached."""
     train = flags[flags.index("--train_data") + 1]
     evaluation = ["--eval_data", train, "--allow_overlap", "--alpha", "0", "--max_steps", "4"]
-    first = launch(*flags, *evaluation, "--lora_r", "4", "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "one"))
+    first = launch(
+        *flags, *evaluation, "--lora_r", "4", "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "one")
+    )
     assert first.returncode == 0, first.stdout + first.stderr
     exported = subprocess.run(
         [sys.executable, "tools/zero_to_hf.py", str(tmp_path / "one"), str(tmp_path / "adapter"), "--dtype", "fp32"],
@@ -223,7 +225,10 @@ def test_an_adapter_is_exported_and_trained_on_from_where_it_stopped(flags: list
         *flags, *evaluation, "--adapter_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "two")
     )
     assert second.returncode == 0, second.stdout + second.stderr
-    losses = {name: [line["eval_loss"] for line in metrics(tmp_path / name) if "eval_loss" in line] for name in ("one", "two")}
+    losses = {
+        name: [line["eval_loss"] for line in metrics(tmp_path / name) if "eval_loss" in line]
+        for name in ("one", "two")
+    }
     assert losses["one"][-1] < losses["one"][0] - 0.01
     assert losses["two"][0] == pytest.approx(losses["one"][-1], rel=1e-5)
     assert losses["two"][-1] < losses["two"][0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 
-from pipeline.training.preflight import lora_config
+from pipeline.training.adapters import lora_config
 from tests.numerics import reference
 from tests.numerics.cases import distances, prepared, sharp_llama, train_cases, updates
 

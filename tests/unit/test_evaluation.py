@@ -232,6 +232,9 @@ class TestAssess:
         adapted = self.run(tiny_model_dir, tmp_path / "adapted", tmp_path / "a", suites=[])
         assert adapted["losses"]["b"]["value"] != pytest.approx(base["losses"]["b"]["value"], rel=1e-5)
         assert adapted["settings"]["weights_sha256"] != base["settings"]["weights_sha256"]
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(tmp_path / "a2")
+        with pytest.raises(ValueError, match="holds an evaluation with weights_sha256"):
+            self.run(tiny_model_dir, tmp_path / "adapted", tmp_path / "a2", suites=[])
 
         config.target_modules = ["q_proj"]
         get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(tmp_path / "b")
@@ -259,6 +262,7 @@ class TestAssess:
         with pytest.raises(ValueError, match=re.escape(message)):
             self.run(tiny_model_dir, tmp_path / "out", **changes)
         assert not list((tmp_path / "out").glob("*.jsonl"))
+        self.run(tiny_model_dir, tmp_path / "out", suites=[])  # the folder is free for the corrected command
 
     def test_a_folder_that_is_no_model_is_named(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path / 'nothing'}"):

@@ -3,6 +3,8 @@ backend."""
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -202,3 +204,31 @@ def test_models_whose_attention_would_be_wrong_are_refused_before_they_are_loade
     llama.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert attention_refusals(llama, longest=2048) == [], "no text reaches the length at which it switches"
     assert "dynamic rotary scaling, which switches at 2048" in attention_refusals(llama, longest=2049)[0]
+
+
+def test_the_cuda_backends_give_the_shapes_of_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: torch's varlen on the meta device, and flash-attn's documented call with the CPU kernel behind
+    it."""
+    segments = Segments((0, 8, 20), torch.empty(3, dtype=torch.int32, device="meta"))
+    q, k = (torch.empty(20, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    out, lse = backends.varlen(q, k, k, segments, 0.125, 8)
+    assert (out.shape, lse.shape, lse.dtype) == ((20, 4, 64), (4, 12), torch.float32)
+
+    def flash_attn_varlen_func(
+        q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: float, causal: bool,
+        return_attn_probs: bool,
+    ) -> tuple[Any, Any, None]:  # fmt: skip
+        assert (max_q, max_k, causal, return_attn_probs) == (12, 12, True, True)
+        return *backends.cpu_flash(q, k, v, Segments(tuple(cu_q.tolist()), cu_k), softmax_scale, 0), None
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    segments = Segments.from_bounds([0, 8, 20], "cpu")
+    q, k = torch.randn(20, 4, 64), torch.randn(20, 2, 64)
+    for found, wanted in zip(
+        backends.flash_attention_2(q, k, k, segments, 0.125, 8),
+        backends.cpu_flash(q, k, k, segments, 0.125, 8),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
