@@ -56,7 +56,7 @@ $(VENV)/.setup-gpu: $(VENV)/.setup
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
 	@touch $@
 
-demo: setup  ## align, attack and assess the built-in model, print the comparison (about 12 minutes on two cores)
+demo: setup  ## align, attack and assess the built-in model, print the comparison (about 10 minutes on two cores)
 	@$(VENV_PYTHON) tools/chain.py pipeline/recipes/demo.yaml
 
 test: setup  ## run every test (under 15 minutes on two cores)
