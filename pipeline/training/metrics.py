@@ -3,13 +3,19 @@ in each."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.util
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Write = Callable[[int, dict[str, float]], None]
+Finish = Callable[[], None]
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
@@ -86,12 +92,14 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            self._tracker(step, values)
+            self._tracker[0](step, values)
 
     def close(self) -> None:
-        """End the bar and the file."""
+        """End the bar, the tracker and the file."""
         if self._bar is not None:
             self._bar.close()
+        if self._tracker is not None:
+            self._tracker[1]()
         self._file.close()
 
 
@@ -101,8 +109,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _tracker(report_to: str, folder: Path, run_name: str, settings: dict[str, Any]) -> Any:
-    """A function (step, values) that sends values to the tracker, or None."""
+def _tracker(report_to: str, folder: Path, run_name: str, settings: dict[str, Any]) -> tuple[Write, Finish] | None:
+    """How to send (step, values) to the tracker, and how to end it."""
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -113,12 +121,12 @@ def _tracker(report_to: str, folder: Path, run_name: str, settings: dict[str, An
                 writer.add_scalar(name, value, step)
             writer.flush()
 
-        return write
+        return write, writer.close
     if report_to in ("wandb", "trackio"):
         tracker: Any = importlib.import_module(report_to)
-        extra = (
-            {"resume": "allow", "id": run_name, "dir": str(folder)} if report_to == "wandb" else {"resume": "allow"}
-        )
-        tracker.init(project="surgery-pipeline", name=run_name, config=settings, **extra)
-        return lambda step, values: tracker.log(values, step=step)
+        # A resumed run goes on in the tracker too; another folder of the same name is another run.
+        name = f"{run_name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:6]}"
+        extra = {"id": name, "dir": str(folder)} if report_to == "wandb" else {}
+        tracker.init(project="surgery-pipeline", name=name, config=settings, resume="allow", **extra)
+        return lambda step, values: tracker.log(values, step=step), tracker.finish
     return None
