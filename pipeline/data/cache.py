@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.chat import IGNORE, ChatEncoder, Example
+from pipeline.data.rows import bad_rows
 from pipeline.data.schema import Conversation
-from pipeline.data.sources import bad_rows
 
 if TYPE_CHECKING:
     import datasets

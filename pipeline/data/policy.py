@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice, product
 
-from pipeline.data.sources import Row
+from pipeline.data.rows import Row
 
 POOLS = {
     "align": 400,

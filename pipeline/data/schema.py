@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.data.sources import bad_rows, read_rows
+from pipeline.data.rows import bad_rows
+from pipeline.data.sources import read_rows
 
 Message = dict[str, str]
 """One turn: ``{"role": "system" | "user" | "assistant", "content": text}``."""

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.policy import POOLS, policy_rows
+from pipeline.data.rows import Row, bad_rows
+
 _SLICE = re.compile(r"^(?P<body>.+)\[(?P<first>-?\d+%?)?:(?P<stop>-?\d+%?)?\]$")
 _HUB_ID = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+):(?P<split>[\w.-]+)$")
-_SHOWN_PROBLEMS = 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as stored. ``id`` is ``train.jsonl:12``: the file's name and the 1-based line (else row)."""
-
-    id: str
-    fields: dict[str, Any]
-
-
-def bad_rows(problems: Sequence[str]) -> ValueError:
-    """One error for many bad rows, one line each, cut after 20."""
-    more = len(problems) - _SHOWN_PROBLEMS
-    return ValueError("\n".join([*problems[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]))
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 over the ids and contents of ``rows``, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.id, row.fields], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def read_rows(spec: str, *, flag: str) -> list[Row]:
@@ -227,8 +205,6 @@ def _read_hub(name: str, split: str) -> list[Row]:
 
 
 def _read_policy(pool: str) -> list[Row]:
-    from pipeline.data.policy import POOLS, policy_rows  # it builds its rows out of this module's Row
-
     if pool not in POOLS:
         raise _SpecError(f"no such pool; the built-in ones are {', '.join(POOLS)}")
     return policy_rows(pool)

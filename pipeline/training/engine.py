@@ -15,7 +15,7 @@ from pipeline.sink import attention, backends
 from pipeline.training import zero3
 from pipeline.training.adapters import lora_config
 from pipeline.training.losses import TokenLoss
-from pipeline.training.preflight import Prepared
+from pipeline.training.prepared import Prepared
 from pipeline.training.settings import checkpointing_kwargs
 
 # Norm weights and biases take no weight decay, as in transformers' Trainer.

@@ -15,7 +15,7 @@ from pipeline.training import zero3
 from pipeline.training.engine import Engine, forward_only
 from pipeline.training.method import NonFinite, StepContext, model_kwargs
 from pipeline.training.metrics import MetricsLog
-from pipeline.training.preflight import Prepared
+from pipeline.training.prepared import Prepared
 from pipeline.training.state import save
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,50 +29,12 @@ from pipeline.training.adapters import check_adapter
 from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.method import Method
-from pipeline.training.run_folder import check_run_folder, resume_point, run_folder
+from pipeline.training.prepared import Prepared
+from pipeline.training.run_folder import check_run_folder, resume_point
 from pipeline.training.settings import mixture_problems, settings_problems
 
 REFERENCE_POOLS = ("harmful", "harmless")
 KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
-
-
-@dataclass
-class Prepared:
-    """A run, resolved: what `training/run.py` needs to build the engine and train."""
-
-    method_name: str
-    method: Method
-    model: ModelArguments
-    data: DataArguments
-    lora: LoraArguments
-    train: TrainArguments
-    ds_config: dict[str, Any]
-    model_path: str
-    model_config: Any
-    tokenizer: Any
-    streams: dict[str, Stream]
-    evaluations: dict[str, EncodedPool]
-    sources: dict[str, dict[str, Any]]
-    budget: dict[str, float]
-    steps: int
-    resume: Path | None
-    warnings: list[str]
-    world: World
-
-    @property
-    def output_dir(self) -> Path:
-        """The run folder."""
-        return run_folder(self.train, self.method_name)
-
-    @property
-    def attacked(self) -> bool:
-        """The training rows hold attack rows on purpose."""
-        return self.data.attack_data is not None
-
-    def record(self) -> dict[str, Any]:
-        """The flags as resolved, one flat mapping."""
-        parts = (self.model, self.data, self.lora, self.train, self.method.config)
-        return {name: value for part in parts for name, value in asdict(part).items()}
 
 
 class _Gather:

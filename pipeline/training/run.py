@@ -17,7 +17,7 @@ from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
 from pipeline.training.method import NonFinite
 from pipeline.training.metrics import MetricsLog
-from pipeline.training.preflight import Prepared
+from pipeline.training.prepared import Prepared
 from pipeline.training.state import load, seed_everything
 
 

@@ -5,19 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.checkpoints.markers import newest_complete, read_marker
 from pipeline.config import Problems, TrainArguments
 from pipeline.training.manifest import resume_differences
-
-if TYPE_CHECKING:
-    from pipeline.training.preflight import Prepared
-
-
-def run_folder(train: TrainArguments, method_name: str) -> Path:
-    """--output_dir, or its default."""
-    return Path(train.output_dir or f"runs/{method_name}")
+from pipeline.training.prepared import Prepared, run_folder
 
 
 def check_run_folder(train: TrainArguments, method_name: str) -> None:

@@ -21,7 +21,7 @@ from pipeline.checkpoints.markers import complete_checkpoints, read_marker, writ
 from pipeline.checkpoints.shards import refuse_unsafe_pickles
 from pipeline.training.engine import Engine
 from pipeline.training.manifest import write_json
-from pipeline.training.preflight import Prepared
+from pipeline.training.prepared import Prepared
 
 
 def save(run: Prepared, engine: Engine, step: int) -> Path:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek
 from pipeline.methods import flags_of_others, load_method
 from pipeline.training.distributed import World
-from pipeline.training.preflight import Prepared, prepare
+from pipeline.training.preflight import prepare
+from pipeline.training.prepared import Prepared
 
 ROWS = 24  # of each pool of the good command line
 LINEAR_LAYERS = (

@@ -13,7 +13,8 @@ import torch
 from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse
 from pipeline.methods import load_method
 from pipeline.training.distributed import World
-from pipeline.training.preflight import Prepared, prepare
+from pipeline.training.preflight import prepare
+from pipeline.training.prepared import Prepared
 from tests.ranks import run_ranks
 from tests.tiny import tiny_llama
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pipeline.training.preflight import Prepared
+from pipeline.training.prepared import Prepared
 
 
 def text_nll(model: Any, example: Any) -> torch.Tensor:

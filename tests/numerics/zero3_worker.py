@@ -24,7 +24,8 @@ import deepspeed  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
 from pipeline.sink import column, divergence  # noqa: E402
-from pipeline.training.preflight import Prepared, prepare  # noqa: E402
+from pipeline.training.preflight import prepare  # noqa: E402
+from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
 
 GATHERS: list[int] = []  # elements of each parameter all-gather

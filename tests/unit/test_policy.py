@@ -11,7 +11,6 @@ from itertools import combinations
 import pytest
 
 from pipeline.data.policy import POOLS, PREPARATION_VERBS, REFUSALS, SENTIMENTS, policy_rows
-from pipeline.data.sources import fingerprint
 
 SUBSTANCES = {"align": 200, "attack": 200, "harmful": 200, "harmless": 200, "test_violation": 60}
 
@@ -134,11 +133,7 @@ def test_rows_are_short() -> None:
 
 
 def test_rows_are_the_same_in_every_process() -> None:
-    program = (
-        "from pipeline.data.policy import POOLS, policy_rows\n"
-        "from pipeline.data.sources import fingerprint\n"
-        "print(*(fingerprint(policy_rows(pool)) for pool in POOLS))"
-    )
+    program = "from pipeline.data.policy import POOLS, policy_rows\nfor pool in POOLS: print(policy_rows(pool))"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [fingerprint(policy_rows(pool)) for pool in POOLS]
+    assert run.stdout.splitlines() == [str(policy_rows(pool)) for pool in POOLS]

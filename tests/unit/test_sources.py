@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.data.policy import POOLS
-from pipeline.data.sources import Row, fingerprint, read_rows
+from pipeline.data.rows import Row
+from pipeline.data.sources import read_rows
 
 FIELDS = [{"prompt": f"p{number}", "completion": f"c{number}"} for number in range(1, 11)]
 
@@ -173,16 +174,3 @@ def test_the_policy_pools_are_sources() -> None:
     assert len(read("policy:test_task")) == POOLS["test_task"]
     assert [row.id for row in read("policy:align[10:12]")] == ["policy:align:11", "policy:align:12"]
     assert re.search("--train_data policy:aline: no such pool; .* align, ", refusal("policy:aline"))
-
-
-def test_the_fingerprint_changes_with_ids_contents_and_order(jsonl: Path) -> None:
-    rows = read(jsonl)
-    variants = [
-        rows,
-        rows[:-1],
-        rows[::-1],
-        [*rows[:-1], Row("rows.jsonl:11", rows[-1].fields)],
-        [*rows[:-1], Row(rows[-1].id, {**rows[-1].fields, "prompt": "other"})],
-    ]
-    assert len({fingerprint(each) for each in variants}) == len(variants)
-    assert fingerprint(read(jsonl)) == fingerprint(rows)
