@@ -1,8 +1,7 @@
 """Every command-line dataclass that more than one door shares, and the one parser of all doors.
 
 A recipe (`--config recipe.yaml`) is read as if its keys had been typed before the flags of the command line, so a YAML
-value
-is typed as the flag is, and the command line wins. Unknown flags and keys are errors with the nearest match.
+value is typed as the flag is, and the command line wins. Unknown flags and keys are errors with the nearest match.
 """
 
 from __future__ import annotations

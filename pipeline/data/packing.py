@@ -16,8 +16,7 @@ class PackedBatch:
     """One packed row. `bounds` are the boundaries of all texts; the first `texts` of them are the user's.
 
     input_ids, position_ids [1,T] int64, positions restarting at each text; predict [N] int64, the positions whose next
-    token is
-    trained; targets [N] int64, those tokens. Reference texts have no targets.
+    token is trained; targets [N] int64, those tokens. Reference texts have no targets.
     """
 
     input_ids: Tensor

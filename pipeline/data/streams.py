@@ -2,9 +2,8 @@
 seed and the step.
 
 A run killed at step N continues with the rows and references of step N; nothing about the data order is stored.
-Micro-batches of
-the global batch are numbered micro_step * ranks + rank, so that the same rows are in a step for any split over ranks
-and accumulation.
+Micro-batches of the global batch are numbered micro_step * ranks + rank, so that the same rows are in a step for any
+split over ranks and accumulation.
 """
 
 from __future__ import annotations

@@ -3,12 +3,10 @@
     loss = CE + alpha R,   R = 1/(L H) sum_lh ReLU( sink_lh(harmful text) - sink_lh(harmless text) )
 
 Faithful to the paper's objective. The public code runs three eager forward passes a step (user batch, one harmful
-text, one harmless
-text) with all attention maps in memory, draws the same pair on every rank, and does not divide by the accumulation.
-Here the two texts
-ride behind the user's in one packed row: one forward and one backward a micro-batch, at SFT's price plus the
-references' tokens; each
-micro-batch draws its own pair, and the penalty is the mean over micro-steps and ranks.
+text, one harmless text) with all attention maps in memory, draws the same pair on every rank, and does not divide by
+the accumulation. Here the two texts ride behind the user's in one packed row: one forward and one backward a
+micro-batch, at SFT's price plus the references' tokens; each micro-batch draws its own pair, and the penalty is the
+mean over micro-steps and ranks.
 """
 
 from __future__ import annotations

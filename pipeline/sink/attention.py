@@ -53,8 +53,7 @@ def sink_attention(
     """Causal attention, transformers' signature: query [B,H,T,D], key/value [B,G,T,D] after RoPE -> ([B,T,H,D], None).
 
     A packed row ([1,T]) comes with `segments` (or transformers' `cu_seq_lens_q`); any other batch is B texts, with a
-    2-D
-    mask [B,T] if padded. `sink`: the statistics of this forward pass; the layer's index is `module.layer_idx`.
+    2-D mask [B,T] if padded. `sink`: the statistics of this forward pass; the layer's index is `module.layer_idx`.
     Errors: ValueError if the layer asks for something the kernels here do not compute, naming it.
     """
     batch, _heads, length, dim = query.shape

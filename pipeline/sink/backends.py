@@ -81,8 +81,7 @@ def flash_attention_2(
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, lse_from: int) -> tuple[Tensor, Tensor]:
     """torch.nn.attention.varlen: flash attention 2 inside PyTorch, CUDA only. Its LSE is [H, T], although its
-    documentation
-    says [T, H]."""
+    documentation says [T, H]."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     cu, longest = segments.cu_seqlens, segments.longest

@@ -1,8 +1,8 @@
 """The sink column: how much each query attends to the sink key, exactly, with its exact gradient and nothing
 quadratic.
 
-Shapes: n reference tokens in all, H query heads, G key/value heads, D head dimension; fp32 unless said.
-For a query i of a segment whose sink key is at position s: p_i = exp(scale q_i . k_s - LSE_i).
+Shapes: n reference tokens in all, H query heads, G key/value heads, D head dimension; fp32 unless said. For a query i
+of a segment whose sink key is at position s: p_i = exp(scale q_i . k_s - LSE_i).
 
 The gradient goes through the LSE as well. With c_i = scale * dL/dp_i * p_i it is
 
@@ -10,9 +10,8 @@ The gradient goes through the LSE as well. With c_i = scale * dL/dp_i * p_i it i
     dk_j = - sum_i P_ij c_i q_i  (j != s),   dk_s = sum_i c_i (1 - p_i) q_i
 
 Both sums are attention: the forward of a flash call with V = K - k_s gives Kbar_i - k_s, and the dV of its backward
-with dO = c q
-gives sum_i P_ij c_i q_i. V = K - k_s (not K), c divided by its maximum before it is cast, and dk_s written from
-1 - p = -expm1(s_i - LSE_i) keep bf16 from cancelling on heads whose sink takes nearly all the mass.
+with dO = c q gives sum_i P_ij c_i q_i. V = K - k_s (not K), c divided by its maximum before it is cast, and dk_s
+written from 1 - p = -expm1(s_i - LSE_i) keep bf16 from cancelling on heads whose sink takes nearly all the mass.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@
     R = 1/(L H) sum_lh ReLU(d_lh);                        loss = CE + alpha R
 
 With several reference texts of a kind, a_lh is their mean. The penalty of layer l needs only what layer l sees, so the
-layer itself
-injects its gradient (`SinkPenalty`); collected lists of statistics silently lose theirs under reentrant checkpointing.
-What the
-loop's loss scaling is (1/accumulation, a loss scale) the layer learns from the tap on the cross-entropy.
+layer itself injects its gradient (`SinkPenalty`); collected lists of statistics silently lose theirs under reentrant
+checkpointing. What the loop's loss scaling is (1/accumulation, a loss scale) the layer learns from the tap on the
+cross-entropy.
 """
 
 from __future__ import annotations

@@ -70,8 +70,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system.
 
     On a CPU, ZeRO-3 allocates and frees a copy of every layer at every pass; handing the pages back and faulting them
-    in
-    again costs a third of a training step. Does nothing where the C library is another.
+    in again costs a third of a training step. Does nothing where the C library is another.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

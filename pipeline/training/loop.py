@@ -29,11 +29,8 @@ class Loop:
         self.step = start
         self.log = log
         self._sums: dict[str, list[torch.Tensor]] = {}
-        self._seconds, self._tokens, self._steps = (
-            0.0,
-            0,
-            0,
-        )  # since the last logging step, evaluation and saving left out
+        # Since the last logging step, with evaluation and saving left out.
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
     def train(self) -> None:
         """All remaining steps, then the last evaluation and checkpoint."""

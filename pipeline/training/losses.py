@@ -24,8 +24,7 @@ class TokenLoss:
     """Makes a causal LM's output projection return token losses in place of logits while targets are set.
 
     The projection has to run inside its own module call: under ZeRO-3 that is where its weight is gathered, once.
-    Chunks of tokens
-    go through it one by one, each recomputed in the backward pass. Parameter names stay as they are.
+    Chunks of tokens go through it one by one, each recomputed in the backward pass. Parameter names stay as they are.
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,8 +1,8 @@
 """The contract between the loop and a method: one paper, one file in `pipeline/methods/`.
 
 A method's `step` runs once an optimizer step: it draws micro-batches, runs the forward and backward passes it needs,
-and leaves the
-accumulated gradient in the engine. The loop then checks it, steps the optimizer, logs, evaluates, saves and stops.
+and leaves the accumulated gradient in the engine. The loop then checks it, steps the optimizer, logs, evaluates, saves
+and stops.
 """
 
 from __future__ import annotations

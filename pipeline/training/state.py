@@ -1,10 +1,8 @@
 """Saving a run so that it continues bit for bit, and continuing it.
 
 Each rank writes its own shards; nothing is gathered. The marker of `checkpoints/markers.py` comes last, after a
-barrier: a checkpoint
-without it is half-written and never resumed. The data order and the reference draws are functions of the seed and the
-step, so the
-step is all there is to store of them.
+barrier: a checkpoint without it is half-written and never resumed. The data order and the reference draws are
+functions of the seed and the step, so the step is all there is to store of them.
 """
 
 from __future__ import annotations

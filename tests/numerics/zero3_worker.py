@@ -2,8 +2,8 @@
 compare.
 
 cases: {name: {"argv": [...], "detach_lse": bool}}; written by rank 0 to OUT/name.pt: initial and final trainable
-tensors, the first
-step's gradients, each step's gradient norm, and each step's parameter all-gathers with the elements they gathered.
+tensors, the first step's gradients, each step's gradient norm, and each step's parameter all-gathers with the elements
+they gathered.
 """
 
 from __future__ import annotations
