@@ -298,8 +298,8 @@ def token_budget(run: Prepared) -> dict[str, float]:
         largest = max(largest, int(packed[micro]))
     return {
         "steps": run.steps,
-        "tokens_per_step": tokens / run.steps,
-        "trained_tokens_per_step": trained / run.steps,
+        "tokens_per_step": round(tokens / run.steps, 1),
+        "trained_tokens_per_step": round(trained / run.steps, 1),
         "largest_packed_row": largest,
         "reference_tokens_at_most": sum(references),
     }

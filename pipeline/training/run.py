@@ -127,8 +127,8 @@ def dry_run(run: Prepared) -> str:
         "first row  " + json.dumps(shown),
         "data       " + json.dumps(run.sources),
         "budget     " + json.dumps(run.budget),
-        "ds_config  " + json.dumps(run.ds_config),
-        "arguments  " + json.dumps(run.record()),
+        "ds_config  " + json.dumps(run.ds_config, indent=2),
+        "arguments  " + json.dumps(run.record(), indent=2),
     ]
     if run.train.show_text and os.isatty(1):
         parts.append("text       (trained tokens in [[ ]])\n" + _marked(run.tokenizer, example.input_ids, spans))

@@ -54,6 +54,12 @@ def command(arguments: Sequence[str], ranks: int) -> list[str]:
     return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), "pipeline/train.py", *arguments]
 
 
+def evaluation(flags: list[str]) -> list[str]:
+    """The first 18 training rows as an evaluation set: five batches of four."""
+    train = flags[flags.index("--train_data") + 1]
+    return ["--eval_data", f"fit={train}", "--eval_max_rows", "18", "--allow_overlap"]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,11 +87,10 @@ def assert_identical(one: Any, other: Any) -> None:
 def straight(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run on two ranks under the deepspeed launcher, as the README types it."""
     out = tmp_path_factory.mktemp("runs") / "straight"
-    evaluation = flags[flags.index("--train_data") + 1]
     done = launch(
         *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out),
         "--max_steps", "12", "--save_steps", "4", "--alpha", "10",
-        "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6", ranks=2,
+        *evaluation(flags), "--eval_steps", "6", ranks=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -121,27 +126,41 @@ def test_every_trainable_parameter_moves(lora: list[str], flags: list[str], tmp_
     out = tmp_path / "run"
     done = launch(*flags, *lora, "--output_dir", str(out), "--max_steps", "2", "--save_steps", "1", "--alpha", "10")
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (optimizer_states(out / f"checkpoint-{step}")[0] for step in (1, 2))
-    moved = first["fp32_flat_groups"][0] != second["fp32_flat_groups"][0]
-    shapes = torch.load(
-        next((out / "checkpoint-2").glob("global_step2/*model_states.pt")), weights_only=False
-    )["param_shapes"]  # fmt: skip
-    place = 0
-    for group, flat in zip(shapes, second["fp32_flat_groups"], strict=True):
-        moved, place = first["fp32_flat_groups"][shapes.index(group)] != flat, 0
-        for name, shape in group.items():
-            assert moved[place : place + shape.numel()].any(), f"{name} did not move"
-            place += shape.numel()
+    first, second = (optimizer_states(out / f"checkpoint-{step}")[0]["fp32_flat_groups"] for step in (1, 2))
+    states = next((out / "checkpoint-2").glob("global_step2/*model_states.pt"))
+    names = []
+    groups = torch.load(states, weights_only=False)["param_shapes"]
+    for shapes, before, after in zip(groups, first, second, strict=True):
+        place = 0
+        for name, shape in shapes.items():
+            end = place + shape.numel()
+            assert (before[place:end] != after[place:end]).any(), f"{name} did not move"
+            place = end
+            names.append(name)
+    if lora:
+        assert len(names) == 2 * 7 * 2, "A and B of seven linear maps in two layers"
+        assert all("lora_" in name for name in names), "frozen weights do not belong in a checkpoint"
+    else:
+        assert "lm_head.weight" in names
+        assert "model.embed_tokens.weight" in names
+
+
+def test_evaluation_is_the_same_on_any_number_of_ranks(straight: Path, flags: list[str], tmp_path: Path) -> None:
+    """Five batches: on two ranks the last one has no partner, and a rank without rows must neither hang nor count."""
+    done = launch(*flags, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *evaluation(flags))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics(tmp_path / "run")[0]["eval_fit_loss"] == pytest.approx(
+        metrics(straight)[0]["eval_fit_loss"], rel=1e-6
+    )
 
 
 def test_a_killed_run_continues_bit_for_bit(straight: Path, flags: list[str], tmp_path: Path) -> None:
     """kill -9 of all ranks in the middle, then --resume_from_checkpoint auto: the same weights, moments and log."""
     out = tmp_path / "killed"
-    evaluation = flags[flags.index("--train_data") + 1]
     arguments = [
         *flags, "--ds_config", "ds_configs/z3.json", "--output_dir", str(out),
         "--max_steps", "12", "--save_steps", "4", "--alpha", "10",
-        "--eval_data", f"fit={evaluation}", "--allow_overlap", "--eval_steps", "6",
+        *evaluation(flags), "--eval_steps", "6",
         "--resume_from_checkpoint", "auto",
     ]  # fmt: skip
     started = subprocess.Popen(
@@ -211,9 +230,9 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_it(
 def test_an_adapter_is_exported_and_trained_on_from_where_it_stopped(flags: list[str], tmp_path: Path) -> None:
     """LoRA checkpoint -> adapter folder -> a new run that begins at the loss the first one reached."""
     train = flags[flags.index("--train_data") + 1]
-    evaluation = ["--eval_data", train, "--allow_overlap", "--alpha", "0", "--max_steps", "4"]
+    evaluated = ["--eval_data", train, "--allow_overlap", "--alpha", "0", "--max_steps", "4"]
     first = launch(
-        *flags, *evaluation, "--lora_r", "4", "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "one")
+        *flags, *evaluated, "--lora_r", "4", "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "one")
     )
     assert first.returncode == 0, first.stdout + first.stderr
     exported = subprocess.run(
@@ -222,7 +241,7 @@ def test_an_adapter_is_exported_and_trained_on_from_where_it_stopped(flags: list
     )  # fmt: skip
     assert exported.returncode == 0, exported.stderr
     second = launch(
-        *flags, *evaluation, "--adapter_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "two")
+        *flags, *evaluated, "--adapter_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "two")
     )
     assert second.returncode == 0, second.stdout + second.stderr
     losses = {
