@@ -87,14 +87,15 @@ def sink_mean(model: Any, texts: Sequence[Example], position: int) -> Tensor:
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         packed = texts[first : first + TEXTS_AT_ONCE]
         batch = pack([], packed).to(device)
+        segments = Segments.from_bounds(batch.bounds, device)
         sink = SinkStep(
-            start=0, harmful=len(packed), bounds=batch.bounds, layers=config.num_hidden_layers,
-            heads=config.num_attention_heads, alpha=0.0, position=position,
+            segments, start=0, harmful=len(packed), layers=config.num_hidden_layers, heads=config.num_attention_heads,
+            alpha=0.0, position=position,
         )  # fmt: skip
         model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            segments=Segments.from_bounds(batch.bounds, device),
+            segments=segments,
             sink=sink,
             logits_to_keep=1,
             use_cache=False,

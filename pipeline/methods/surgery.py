@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import Problems
+from pipeline.sink.backends import Segments
 from pipeline.sink.divergence import SinkStep, penalty
 from pipeline.sink.support import sink_refusals
 from pipeline.training.method import Method, StepContext
@@ -62,9 +63,9 @@ class Surgery(Method):
             references = [*ctx.sample("harmful", micro, 1), *ctx.sample("harmless", micro, 1)]
             batch = ctx.pack(micro, references)
             sink = SinkStep(
+                Segments.from_bounds(batch.reference_bounds, batch.input_ids.device),
                 start=batch.reference_start,
                 harmful=1,
-                bounds=batch.reference_bounds,
                 layers=ctx.model_config.num_hidden_layers,
                 heads=ctx.model_config.num_attention_heads,
                 alpha=alpha,

@@ -11,7 +11,6 @@ cross-entropy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,23 +29,23 @@ class SinkStep:
 
     def __init__(
         self,
+        segments: Segments,
         *,
         start: int,
         harmful: int,
-        bounds: Sequence[int],
         layers: int,
         heads: int,
         alpha: float,
         position: int = 0,
     ) -> None:
-        """bounds: the references' boundaries counted from `start`; harmful: how many of them are harmful texts."""
+        """segments: the reference texts, counted from `start`; the first `harmful` of them are the harmful ones."""
+        self.segments = segments
         self.start = start
-        self.harmful = harmful
-        self.bounds = tuple(bounds)
         self.layers = layers
         self.heads = heads
         self.alpha = alpha
         self.position = position
+        self.weights = mean_weights(segments, harmful, position)  # the same in every layer
         self._divergence: dict[int, Tensor] = {}
         self._scale: Tensor | None = None
         self._tapped = False
@@ -114,18 +113,16 @@ class SinkPenalty(torch.autograd.Function):
         attend: Backend,
     ) -> Tensor:
         """out: any shape; q [n,H,D], k [n,G,D], lse [H,n] of the reference tokens only."""
-        segments = Segments.from_bounds(step.bounds, q.device)
-        log_p = sink_logprob(q, k, lse, segments, step.position, scale)
-        weights = mean_weights(step, log_p)
-        divergence = (log_p.exp() * weights).sum(-1)
+        log_p = sink_logprob(q, k, lse, step.segments, step.position, scale)
+        divergence = (log_p.exp() * step.weights).sum(-1)
         step.record(layer, divergence)
-        ctx.save_for_backward(q, k, log_p, weights, divergence)
-        ctx.step, ctx.segments, ctx.scale, ctx.attend = step, segments, scale, attend
+        ctx.save_for_backward(q, k, log_p, divergence)
+        ctx.step, ctx.scale, ctx.attend = step, scale, attend
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, log_p, weights, divergence = ctx.saved_tensors
+        q, k, log_p, divergence = ctx.saved_tensors
         step: SinkStep = ctx.step
         nothing = (None,) * 5
         if step.alpha == 0 or not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
@@ -135,21 +132,19 @@ class SinkPenalty(torch.autograd.Function):
             return grads[0], None, None, *nothing
         per_head = step.scale.float() * (step.alpha / (step.layers * step.heads)) * positive  # [H]
         grad_q, grad_k = sink_gradient(
-            q, k, log_p, per_head[:, None] * weights, ctx.segments, step.position, ctx.scale, ctx.attend
+            q, k, log_p, per_head[:, None] * step.weights, step.segments, step.position, ctx.scale, ctx.attend
         )
         return grads[0], grad_q, grad_k, *nothing
 
 
-def mean_weights(step: SinkStep, like: Tensor) -> Tensor:
-    """[1,n] weights w with d_h = sum_i w_i p_hi: the mean over each text's queries after the sink, then over the texts
-    of a kind.
-
-    A text with no query after the sink contributes nothing.
+def mean_weights(segments: Segments, harmful: int, position: int) -> Tensor:
+    """[1,n] fp32 weights w with d_h = sum_i w_i p_hi: the mean over each text's queries after the sink, then over the
+    texts of
+    a kind. A text with no query after the sink contributes nothing.
     """
-    weights = torch.zeros(1, like.shape[-1], dtype=torch.float32, device=like.device)
-    spans = list(zip(step.bounds[:-1], step.bounds[1:], strict=True))
-    for kind, sign in ((spans[: step.harmful], 1.0), (spans[step.harmful :], -1.0)):
-        usable = [(start + step.position + 1, end) for start, end in kind if end - start > step.position + 1]
+    weights = torch.zeros(1, segments.bounds[-1])
+    for kind, sign in ((segments.spans[:harmful], 1.0), (segments.spans[harmful:], -1.0)):
+        usable = [(start + position + 1, end) for start, end in kind if end - start > position + 1]
         for first, end in usable:
             weights[:, first:end] = sign / (len(usable) * (end - first))
-    return weights
+    return weights.to(segments.cu_seqlens.device, non_blocking=True)

@@ -71,7 +71,9 @@ def test_packed_loss_penalty_and_gradient_equal_eager(
     model.set_attn_implementation(attention.register(backend))
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    sink = SinkStep(start=18, harmful=1, bounds=[0, 9, 22], layers=2, heads=4, alpha=ALPHA, position=position)
+    sink = SinkStep(
+        Segments.from_bounds([0, 9, 22], "cpu"), start=18, harmful=1, layers=2, heads=4, alpha=ALPHA, position=position
+    )
     predict = torch.tensor([*range(10), *range(11, 17)])
     out = model(
         input_ids=ids, position_ids=positions, segments=segments, sink=sink, logits_to_keep=predict, use_cache=False
@@ -140,7 +142,7 @@ def test_a_text_without_a_query_after_the_sink_contributes_nothing() -> None:
     model = sharpened(tiny_llama())
     model.set_attn_implementation(attention.register("cpu_flash"))
     ids, positions, segments = packed([6, 1, 8])
-    sink = SinkStep(start=6, harmful=1, bounds=[0, 1, 9], layers=2, heads=4, alpha=ALPHA)
+    sink = SinkStep(Segments.from_bounds([0, 1, 9], "cpu"), start=6, harmful=1, layers=2, heads=4, alpha=ALPHA)
     out = model(input_ids=ids, position_ids=positions, segments=segments, sink=sink, use_cache=False)
     sink.tap(out.logits[0, :6].sum()).backward()
     assert (sink.divergence() < 0).all()  # 0 minus the harmless text's mean
@@ -151,7 +153,7 @@ def test_a_forward_pass_without_its_tap_is_an_error() -> None:
     model = sharpened(tiny_llama())
     model.set_attn_implementation(attention.register("cpu_flash"))
     ids, positions, segments = packed([6, 9, 8])
-    sink = SinkStep(start=6, harmful=1, bounds=[0, 9, 17], layers=2, heads=4, alpha=ALPHA)
+    sink = SinkStep(Segments.from_bounds([0, 9, 17], "cpu"), start=6, harmful=1, layers=2, heads=4, alpha=ALPHA)
     out = model(input_ids=ids, position_ids=positions, segments=segments, sink=sink, use_cache=False)
     with pytest.raises(RuntimeError, match="went through SinkStep.tap"):
         out.logits.sum().backward()
