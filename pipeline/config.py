@@ -217,13 +217,22 @@ def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentP
     return parser
 
 
+def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: what was probably meant, or else `otherwise` or all there is."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(names) or 'none'}" if otherwise is None else otherwise
+
+
 def _unknown(name: str, known: Sequence[str], elsewhere: Mapping[str, str], where: str) -> str:
     if name in RENAMED:
         return f"{where}: {RENAMED[name]}"
     if name in elsewhere:
         return f"{where} is unknown here; it belongs to {elsewhere[name]}"
-    near = difflib.get_close_matches(name, [each for each in known if "-" not in each], n=1)
-    return f"{where} is unknown" + (f"; did you mean {near[0]}?" if near else "; see --help for the list")
+    spelled = [each for each in known if "-" not in each]
+    return f"{where} is unknown{nearest(name, spelled, otherwise='; see --help for the list')}"
 
 
 def read_recipe(path: str) -> dict[str, Any]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.chain.recipe import nearest
 from pipeline.chain.stages import Stage
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, Problems, TrainArguments, parse, peek
+from pipeline.config import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    Problems,
+    TrainArguments,
+    nearest,
+    parse,
+    peek,
+)
 
 # Doors with a parser of their own, which has few flags.
 FLAGS = {

@@ -24,7 +24,6 @@ is a key of `with` as well. Stages run from the current folder, where relative p
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from typing import Any
 import yaml
 
 from pipeline.chain.doors import DOORS, Door
-from pipeline.config import Problems
+from pipeline.config import Problems, nearest
 
 RECIPE_KEYS = ("name", "output_dir", "matrix", "stages")
 STAGE_KEYS = ("name", "run", "ranks", "with", "after", "once")
@@ -74,13 +73,6 @@ class Recipe:
     output_dir: str
     seeds: tuple[int, ...]
     stages: tuple[StageSpec, ...]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: what was probably meant, or what there is."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names) or 'none'}"
 
 
 def _texts(values: Iterable[Any]) -> Iterator[str]:

@@ -7,7 +7,6 @@ models or settings apart.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ModelArguments
+from pipeline.config import ModelArguments, nearest
 from pipeline.data.chat import ChatEncoder, Example
 from pipeline.data.schema import read_conversations
 from pipeline.evaluation import policy
@@ -172,9 +171,7 @@ def _check(arguments: AssessArguments) -> None:
             raise ValueError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
     for name in arguments.suites:
         if name not in SUITES:
-            near = difflib.get_close_matches(name, SUITES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the suites are {', '.join(SUITES)}"
-            raise ValueError(f"--suites {name}: unknown; {hint}")
+            raise ValueError(f"--suites {name}: unknown{nearest(name, SUITES)}")
 
 
 def _named(specs: list[str]) -> dict[str, str]:

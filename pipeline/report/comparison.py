@@ -7,13 +7,12 @@ metrics.jsonl of train.py, `match:` match.json of match_checkpoint.py. All but t
 
 from __future__ import annotations
 
-import difflib
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import Problems
+from pipeline.config import Problems, nearest
 from pipeline.report.intervals import wilson
 from pipeline.report.match import Match, read_match
 from pipeline.report.records import read_json, series
@@ -108,10 +107,7 @@ def _parts(text: str) -> Iterator[tuple[str, list[Path]]]:
         if not colon and number == 0:
             kind, folders = "assess", part
         if kind not in PARTS:
-            near = difflib.get_close_matches(kind, PARTS, n=1)
-            raise ValueError(
-                f"part {part!r}: " + (f"did you mean {near[0]}:?" if near else f"known: {', '.join(PARTS)}")
-            )
+            raise ValueError(f"part {part!r}: {kind} is unknown{nearest(kind, PARTS)}")
         yield kind, [Path(folder) for folder in folders.split(",")]
 
 

@@ -6,12 +6,13 @@ gets a dictionary that remembers what was looked up: no list of keys is kept her
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import logging
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping
 from typing import Any
+
+from pipeline.config import nearest
 
 Keys = tuple[str, ...]  # the way to a value: ("optimizer", "params", "lr")
 
@@ -148,8 +149,7 @@ def _reason(error: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(set(known)), n=1)
-    return "DeepSpeed knows no such key" + (f"; did you mean {near[0]}?" if near else "")
+    return "DeepSpeed knows no such key" + nearest(key, known, otherwise="")
 
 
 def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_a_share_carries_its_suite_where_there_are_several(tmp_path: Path) -> No
     ("rows", "message"),
     [
         (["A"], "expected NAME=DIR"),
-        (["A={a};asess:{a}"], "did you mean assess:"),
+        (["A={a};asess:{a}"], "did you mean assess?"),
         (["A=sinks:{a}"], "no assess: part"),
         (["A={a};assess:{a}"], "a part stands twice"),
         (["A={a},{a};run:{a}"], "different numbers of seeds (2 in assess:, 1 in run:)"),
