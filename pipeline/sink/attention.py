@@ -89,7 +89,7 @@ def _segments(
             raise ValueError(f"cu_seq_lens_q describes one packed row, and the batch holds {batch}")
         return Segments(tuple(cu_seqlens.tolist()), cu_seqlens)
     if mask is None:
-        return Segments.from_bounds(range_bounds(batch, length), device)
+        return Segments.from_bounds(range(0, (batch + 1) * length, length), device)
     if mask.dim() != 2:
         raise ValueError(f"sink attention takes a 2-D padding mask [batch, tokens], not {mask.dim()} dimensions")
     lengths = mask.sum(-1).tolist()
@@ -97,11 +97,6 @@ def _segments(
     for each in lengths:
         bounds.append(bounds[-1] + int(each))
     return Segments.from_bounds(bounds, device)
-
-
-def range_bounds(batch: int, length: int) -> list[int]:
-    """Boundaries of `batch` texts of equal `length`."""
-    return [row * length for row in range(batch + 1)]
 
 
 def _refuse_unsupported(

@@ -14,7 +14,7 @@ silence
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,9 @@ class Segments:
     cu_seqlens: Tensor
 
     @classmethod
-    def from_bounds(cls, bounds: list[int] | tuple[int, ...], device: torch.device | str) -> Segments:
+    def from_bounds(cls, bounds: Sequence[int], device: torch.device | str) -> Segments:
         """Segments whose boundaries are the host integers 0 = b_0 < b_1 < ... = T."""
-        return cls(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device))
+        return cls(tuple(bounds), torch.tensor(tuple(bounds), dtype=torch.int32, device=device))
 
     @property
     def longest(self) -> int:

@@ -57,7 +57,6 @@ def sink_gradient(
     # One scale a key/value head, because its heads' contributions are summed in the kernel.
     largest = c_nH.abs().amax(0).view(groups, -1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)  # [G]
     largest_H = largest.repeat_interleave(heads // groups)
-    sinks = [start + position for start, end in segments.spans if start + position < end]
     k_sink = torch.cat(
         [k[min(start + position, end - 1)].expand(end - start, -1, -1) for start, end in segments.spans]
     )
@@ -73,6 +72,6 @@ def sink_gradient(
     # expm1(-inf) = -1 on rows without a sink, where c is 0.
     at_sink = (c_nH * -torch.expm1(log_p).transpose(0, 1))[:, :, None] * q.float()  # c_i (1 - p_i) q_i, [n,H,D]
     for start, end in segments.spans:
-        if start + position in sinks:
+        if start + position < end:
             grad_k[start + position] = at_sink[start:end].sum(0).view(groups, -1, dim).sum(1)
     return grad_q, grad_k.to(k.dtype)

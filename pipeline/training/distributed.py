@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import socket
 import warnings
@@ -39,7 +38,6 @@ def world() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed 0.19 calls collectives under names that torch 2.13 renames: a warning for each, at each call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return World(
         int(os.environ.get("RANK", "0")),
         int(os.environ.get("LOCAL_RANK", "0")),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.sink import attention, backends
 from pipeline.training import zero3
@@ -125,9 +125,3 @@ def _scheduler(run: Prepared) -> Callable[[torch.optim.Optimizer], Any]:
         )
 
     return build
-
-
-def forward_only(engine: Engine, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """The token losses [N] of a packed row without a gradient; the same number of calls on every rank."""
-    with torch.no_grad():
-        return engine.token_loss(engine.deepspeed, targets, **batch)

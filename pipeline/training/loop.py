@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pipeline.data.cache import EncodedPool
 from pipeline.data.packing import pack
 from pipeline.training import zero3
-from pipeline.training.engine import Engine, forward_only
+from pipeline.training.engine import Engine
 from pipeline.training.method import NonFinite, StepContext, model_kwargs
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
@@ -126,7 +126,8 @@ class Loop:
         for turn in range(math.ceil(len(batches) / ranks)):
             mine = turn * ranks + self.run.world.rank
             batch = pack([pool[i] for i in batches[min(mine, len(batches) - 1)]]).to(self.engine.device)
-            nll = forward_only(self.engine, model_kwargs(batch), batch.targets)
+            with torch.no_grad():
+                nll = self.engine.token_loss(self.engine.deepspeed, batch.targets, **model_kwargs(batch))
             if mine < len(batches):
                 total += torch.stack(
                     [nll.double().sum(), torch.tensor(float(len(nll)), device=nll.device, dtype=torch.float64)]

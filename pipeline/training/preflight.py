@@ -33,7 +33,6 @@ from pipeline.training.prepared import Prepared
 from pipeline.training.run_folder import check_run_folder, resume_point
 from pipeline.training.settings import mixture_problems, settings_problems
 
-REFERENCE_POOLS = ("harmful", "harmless")
 KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
 
 
@@ -179,8 +178,6 @@ def _resolve_ds(
         raise ValueError(
             f"--ds_config {train.ds_config}: zero_optimization.stage is {stage}, and training needs stage 3"
         )
-    if resolved.get("fp16", {}).get("enabled"):
-        raise ValueError(f"--ds_config {train.ds_config}: fp16 is not supported: use bf16, or fp32 (--bf16 false)")
     return resolved, train
 
 

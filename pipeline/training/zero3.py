@@ -7,27 +7,19 @@ over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def local_gradients(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """This rank's gradient shard (flat, fp32, zero-padded) of each trainable parameter, after the step's last
-    backward."""
+def squared_gradient_norm(engine: Any) -> Tensor:
+    """This rank's part of the squared gradient norm (scalar, fp64 on the device) after the step's last backward; the
+    sum over ranks is the whole, because shards are disjoint and padded with zeros."""
     from deepspeed.utils import safe_get_local_grad
 
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            yield name, safe_get_local_grad(parameter)
-
-
-def squared_gradient_norm(engine: Any) -> Tensor:
-    """This rank's part of the squared gradient norm (scalar, fp32 on the device); the sum over ranks is the whole."""
-    squares = [gradient.double().square().sum() for _, gradient in local_gradients(engine)]
-    return torch.stack(squares).sum()
+    trained = [each for each in engine.module.parameters() if each.requires_grad]
+    return torch.stack([safe_get_local_grad(each).double().square().sum() for each in trained]).sum()
 
 
 def release_gathered(engine: Any) -> None:
