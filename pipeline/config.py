@@ -164,8 +164,14 @@ class TrainArguments:
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 training. [default: true on CUDA, else false (fp32)]"}
     )
-    attention: Literal["auto", "cpu_flash", "flash_attention_2", "varlen", "sdpa"] = field(
-        default="auto", metadata={"help": "Attention kernel; auto takes the fastest that is installed and says why."}
+    attention: Literal[
+        "auto", "cpu_flash", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "sdpa", "blocked"
+    ] = field(
+        default="auto",
+        metadata={
+            "help": "Attention kernel; auto takes the fastest that is installed and says why. Layers that it cannot "
+            "compute (blocked can compute all) take the blocked path."
+        },
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = field(
         default="none", metadata={"help": "Metrics tracker."}

@@ -17,7 +17,7 @@ from pipeline.data.packing import pack
 from pipeline.data.schema import read_conversations
 from pipeline.evaluation.model import EvaluatedModel
 from pipeline.sink import attention, backends
-from pipeline.sink.backends import Segments
+from pipeline.sink.layout import Segments
 from pipeline.sink.divergence import SinkStep, penalty
 from pipeline.training.manifest import write_json
 
@@ -59,7 +59,7 @@ def measure(model: ModelArguments, arguments: MeasureArguments) -> dict[str, Any
                 f"--{flag} {getattr(arguments, flag)}: "
                 + (f"{short[0]} is too short for --sink_token_position" if short else "no usable text")
             )
-    backend, reason = backends.choose("auto", evaluated.device.type)
+    backend, reason = backends.choose("auto", evaluated.device.type, half=evaluated.dtype != torch.float32)
     loaded = evaluated.load(attention.register(backend))
     means = {flag: sink_mean(loaded, group, arguments.sink_token_position) for flag, group in texts.items()}
     divergence = means["harmful_data"] - means["harmless_data"]

@@ -2,7 +2,7 @@
 quadratic.
 
 Shapes: n reference tokens in all, H query heads, G key/value heads, D head dimension; fp32 unless said. For a query i
-of a segment whose sink key is at position s: p_i = exp(scale q_i . k_s - LSE_i).
+of a segment whose sink key is at position s, with x_is their logit: p_i = exp(x_is - LSE_i).
 
 The gradient goes through the LSE as well. With c_i = scale * dL/dp_i * p_i it is
 
@@ -11,7 +11,10 @@ The gradient goes through the LSE as well. With c_i = scale * dL/dp_i * p_i it i
 
 Both sums are attention: the forward of a flash call with V = K - k_s gives Kbar_i - k_s, and the dV of its backward
 with dO = c q gives sum_i P_ij c_i q_i. V = K - k_s (not K), c divided by its maximum before it is cast, and dk_s
-written from 1 - p = -expm1(s_i - LSE_i) keep bf16 from cancelling on heads whose sink takes nearly all the mass.
+written from 1 - p = -expm1(x_is - LSE_i) keep bf16 from cancelling on heads whose sink takes nearly all the mass.
+
+A soft cap multiplies each summand by a slope of its own, and a learned sink logit has a gradient too: there the
+gradient is taken through the blocked path (`blocked_sink_gradient`), which needs no formula of its own.
 """
 
 from __future__ import annotations
@@ -19,24 +22,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.sink.backends import Backend, Segments
+from pipeline.sink.backends import Backend
+from pipeline.sink.blocked import blocked_attention
+from pipeline.sink.layout import Scoring, Segments
 
 
-def sink_logprob(q: Tensor, k: Tensor, lse: Tensor, segments: Segments, position: int, scale: float) -> Tensor:
-    """log p_i of every query, [H, n] fp32; queries up to the sink itself (i <= s) hold -inf, so that p is 0 there.
+def sink_logprob(q: Tensor, k: Tensor, lse: Tensor, segments: Segments, position: int, scoring: Scoring) -> Tensor:
+    """log p_i of every query, [H, n] in lse's dtype. Queries up to the sink itself (i <= s), and those whose window
+    has left it, hold -inf, so that p is 0 there.
 
-    q [n,H,D] and k [n,G,D] in any float dtype, lse [H,n] fp32; `position` s counts from each segment's start.
+    q [n,H,D] and k [n,G,D] in any float dtype, lse [H,n]; `position` s counts from each segment's start.
     """
     group = q.shape[1] // k.shape[1]
-    log_p = torch.full(lse.shape, -torch.inf, dtype=torch.float32, device=q.device)
+    columns = []
     for start, end in segments.spans:
-        first = start + position + 1
-        if first >= end:
-            continue  # no query after the sink
-        k_s = k[start + position].float().repeat_interleave(group, dim=0)  # [H,D]
-        score = scale * torch.einsum("nhd,hd->hn", q[first:end].float(), k_s)
-        log_p[:, first:end] = score - lse[:, first:end]
-    return log_p
+        length = end - start
+        first = min(position + 1, length)
+        last = length if scoring.window is None else max(first, min(length, position + scoring.window))
+        column = lse.new_full((q.shape[1], length), -torch.inf)
+        if first < last:
+            k_s = k[start + position].to(lse.dtype).repeat_interleave(group, dim=0)  # [H,D]
+            seen = slice(start + first, start + last)
+            logit = scoring.capped(scoring.scale * torch.einsum("nhd,hd->hn", q[seen].to(lse.dtype), k_s))
+            column = torch.cat([column[:, :first], logit - lse[:, seen], column[:, last:]], dim=1)
+        columns.append(column)
+    return torch.cat(columns, dim=1)
 
 
 def sink_gradient(
@@ -46,14 +56,14 @@ def sink_gradient(
     grad_p: Tensor,
     segments: Segments,
     position: int,
-    scale: float,
+    scoring: Scoring,
     attend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of sum_hi grad_p[h,i] p[h,i] with respect to q [n,H,D] and k [n,G,D], in their dtypes, by two flash
-    calls."""
+    calls. For scoring without a soft cap or learned sink logits."""
     n, heads, dim = q.shape
     groups = k.shape[1]
-    c_nH = (scale * grad_p * log_p.exp()).transpose(0, 1)  # [n,H]
+    c_nH = (scoring.scale * grad_p * log_p.exp()).transpose(0, 1)  # [n,H]
     # One scale a key/value head, because its heads' contributions are summed in the kernel.
     largest = c_nH.abs().amax(0).view(groups, -1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)  # [G]
     largest_H = largest.repeat_interleave(heads // groups)
@@ -63,7 +73,7 @@ def sink_gradient(
 
     with torch.enable_grad():
         value = (k - k_sink).detach().requires_grad_()
-        shifted_mean, _ = attend(q.detach(), k.detach(), value, segments, scale, n)  # Kbar_i - k_s
+        shifted_mean, _ = attend(q.detach(), k.detach(), value, segments, scoring, n)  # Kbar_i - k_s
     grad_out = ((c_nH / largest_H)[:, :, None] * q.float()).to(q.dtype)
     (grad_value,) = torch.autograd.grad(shifted_mean, value, grad_out)
 
@@ -75,3 +85,23 @@ def sink_gradient(
         if start + position < end:
             grad_k[start + position] = at_sink[start:end].sum(0).view(groups, -1, dim).sum(1)
     return grad_q, grad_k.to(k.dtype)
+
+
+def blocked_sink_gradient(
+    q: Tensor, k: Tensor, grad_p: Tensor, segments: Segments, position: int, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same gradient on any device for every kind of scoring, and that of the learned sink logits [H] or None."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    with torch.enable_grad():
+        inputs = [x.detach().to(exact).requires_grad_() for x in (q, k)]
+        logits = scoring.sink_logits
+        if logits is not None:
+            inputs.append(logits.detach().to(exact).requires_grad_())
+            scoring = Scoring(scoring.scale, scoring.window, scoring.softcap, inputs[2])
+        # Values of no dimension: only the log-sum-exp is wanted.
+        _, lse = blocked_attention(inputs[0], inputs[1], inputs[1][..., :0], segments, scoring)
+        p = sink_logprob(inputs[0], inputs[1], lse, segments, position, scoring).exp()
+        # The log-sum-exp is named as well, because p is a constant where no query sees its sink.
+        found = torch.autograd.grad([p, lse], inputs, [grad_p.to(exact), torch.zeros_like(lse)])
+    grad_logits = None if logits is None else found[2].to(logits.dtype)
+    return found[0].to(q.dtype), found[1].to(k.dtype), grad_logits

@@ -11,13 +11,16 @@ cross-entropy.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.sink.backends import Backend, Segments
-from pipeline.sink.column import sink_gradient, sink_logprob
+from pipeline.sink.backends import Backend
+from pipeline.sink.column import sink_logprob
+from pipeline.sink.injection import FusedSinkAttention, SinkPenalty, fused_backward_runs
+from pipeline.sink.layout import Scoring, Segments
 
 
 class SinkStep:
@@ -37,18 +40,51 @@ class SinkStep:
         heads: int,
         alpha: float,
         position: int = 0,
+        only_layers: Collection[int] | None = None,
+        only_heads: Collection[int] | None = None,
     ) -> None:
-        """segments: the reference texts, counted from `start`; the first `harmful` of them are the harmful ones."""
+        """segments: the reference texts, counted from `start`; the first `harmful` of them are the harmful ones.
+
+        layers, heads: how many the model has. only_layers, only_heads: the ones that R is the mean over (all), counted
+        from 0; a head number means that head of every such layer.
+        """
         self.segments = segments
         self.start = start
-        self.layers = layers
-        self.heads = heads
+        self.layers = sorted(range(layers) if only_layers is None else only_layers)
+        self.heads = sorted(range(heads) if only_heads is None else only_heads)
         self.alpha = alpha
         self.position = position
-        self.weights = mean_weights(segments, harmful, position)  # the same in every layer
+        device = segments.cu_seqlens.device
+        self.weights = mean_weights(segments, harmful, position).to(device, non_blocking=True)  # [1,n], every layer's
+        self._chosen = torch.zeros(heads, dtype=torch.bool)
+        self._chosen[self.heads] = True
+        self._chosen = self._chosen.to(device, non_blocking=True)
         self._divergence: dict[int, Tensor] = {}
+        self._positive: dict[int, list[int]] | None = None
         self._scale: Tensor | None = None
         self._tapped = False
+
+    def watches(self, layer: int) -> bool:
+        """Whether a layer's sinks are asked for."""
+        return layer in self.layers
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scoring: Scoring, attend: Backend, layer: int
+    ) -> Tensor:
+        """A watched layer's attention, [T,H,D], whose backward pass adds the gradient of alpha R_l to q and k."""
+        start = self.start
+        if self.alpha and fused_backward_runs(q, scoring):
+            users = segments.until(start)
+            out, _ = attend(q[:start], k[:start], v[:start], users, scoring, start) if start else (q[:0], None)
+            references = FusedSinkAttention.apply(  # type: ignore[no-untyped-call]
+                q[start:], k[start:], v[start:], self, scoring, attend, layer
+            )
+            return torch.cat([out, references])
+        out, lse = attend(q, k, v, segments, scoring, start)
+        penalised: Tensor = SinkPenalty.apply(  # type: ignore[no-untyped-call]
+            out, q[start:], k[start:], scoring.sink_logits, lse, self, scoring, attend, layer
+        )
+        return penalised
 
     def tap(self, cross_entropy: Tensor) -> Tensor:
         """Pass the token-normalised cross-entropy through; its incoming gradient becomes the penalty's scale. Once a
@@ -59,29 +95,106 @@ class SinkStep:
         tapped: Tensor = _Tap.apply(cross_entropy, self)  # type: ignore[no-untyped-call]
         return tapped
 
-    @property
-    def scale(self) -> Tensor:
-        """The gradient of the final loss with respect to the tapped cross-entropy."""
+    def record(self, layer: int, divergence: Tensor) -> None:
+        """Keep layer's d [H]; a layer that is checkpointed runs again in the backward pass, and writes the same
+        value.
+
+        Errors: ValueError if the layer has another number of heads than the model says, or attends twice.
+        """
+        if len(divergence) != len(self._chosen):
+            raise ValueError(
+                f"attention layer {layer} has {len(divergence)} heads, and the model's configuration says "
+                f"{len(self._chosen)}: its sink divergence cannot be averaged over heads"
+            )
+        if layer in self._divergence and self._scale is None:
+            raise ValueError(f"attention layer {layer} attends twice in a forward pass, so its heads have no one sink")
+        self._divergence[layer] = divergence
+
+    def divergence(self) -> Tensor:
+        """d of every chosen layer and head, [L,H] fp32, on the device."""
+        if missing := [layer for layer in self.layers if layer not in self._divergence]:
+            raise RuntimeError(f"attention layers {missing} reported no sink divergence")
+        return torch.stack([self._divergence[layer] for layer in self.layers])[:, self.heads]
+
+    def positive_heads(self, layer: int) -> list[int]:
+        """The chosen heads of a layer with d > 0: the only ones with a gradient. One read from the device a
+        forward."""
+        if self._positive is None:
+            found = (self.divergence() > 0).tolist()
+            self._positive = {
+                each: [head for head, positive in zip(self.heads, row, strict=True) if positive]
+                for each, row in zip(self.layers, found, strict=True)
+            }
+        return self._positive[layer]
+
+    def grad_p(self, divergence: Tensor) -> Tensor:
+        """dL/dp of a layer's references, [H,n] fp32, from its d [H]: 0 for heads that are not positive or not
+        chosen."""
         if self._scale is None:
             raise RuntimeError(
                 "the sink penalty's backward ran, but no cross-entropy of this forward went through SinkStep.tap"
             )
-        return self._scale
+        per_head = self._scale.float() * (self.alpha / (len(self.layers) * len(self.heads)))
+        return (per_head * (self._chosen & (divergence > 0)))[:, None] * self.weights
 
-    def record(self, layer: int, divergence: Tensor) -> None:
-        """Keep layer's d [H]; a checkpointed layer runs twice and writes the same value again."""
-        self._divergence[layer] = divergence
 
-    def divergence(self) -> Tensor:
-        """d of every layer and head, [L,H] fp32, on the device."""
-        if len(self._divergence) != self.layers:
-            raise RuntimeError(f"{len(self._divergence)} of {self.layers} attention layers reported a sink divergence")
-        return torch.stack([self._divergence[layer] for layer in sorted(self._divergence)])
+class SinkMeans:
+    """One forward pass's mean sink attention of every text, to measure a model; goes down as the keyword `sink`."""
+
+    def __init__(self, segments: Segments, *, layers: int, heads: int, position: int = 0, start: int = 0) -> None:
+        """segments: the texts to measure, counted from token `start` of the packed row."""
+        self.segments = segments
+        self.start = start
+        self.layers = layers
+        self.position = position
+        self._weights = text_weights(segments, position).to(segments.cu_seqlens.device)
+        self._means: dict[int, Tensor] = {}
+
+    def watches(self, layer: int) -> bool:
+        """Every layer."""
+        return True
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scoring: Scoring, attend: Backend, layer: int
+    ) -> Tensor:
+        """A layer's attention, [T,H,D]; its texts' means are kept."""
+        out, lse = attend(q, k, v, segments, scoring, self.start)
+        p = sink_logprob(q[self.start :], k[self.start :], lse, self.segments, self.position, scoring).exp()
+        self._means[layer] = self._weights @ p.detach().t()
+        return out
+
+    def means(self) -> Tensor:
+        """a_lh of every text, [texts,L,H] fp32, on the device. A text without a query after the sink holds 0."""
+        if missing := [layer for layer in range(self.layers) if layer not in self._means]:
+            raise RuntimeError(f"attention layers {missing} reported no sink attention")
+        return torch.stack([self._means[layer] for layer in range(self.layers)], dim=1)
 
 
 def penalty(divergence: Tensor) -> Tensor:
     """R = mean ReLU(d) over [L,H]."""
     return divergence.relu().mean()
+
+
+def text_weights(segments: Segments, position: int) -> Tensor:
+    """[texts,n] fp32 weights w with a_h(text t) = sum_i w_ti p_hi: the mean over the text's queries after the sink. A
+    text without one has no weight."""
+    weights = torch.zeros(len(segments.spans), segments.bounds[-1])
+    for text, (start, end) in enumerate(segments.spans):
+        first = start + position + 1
+        weights[text, first:end] = 1 / max(end - first, 1)
+    return weights
+
+
+def mean_weights(segments: Segments, harmful: int, position: int) -> Tensor:
+    """[1,n] fp32 weights w with d_h = sum_i w_i p_hi: the mean over the first `harmful` texts minus the mean over the
+    others, without those that have no query after the sink."""
+    texts = text_weights(segments, position)
+    usable = texts.any(dim=1)
+    positive, negative = (
+        kind.sum(0, keepdim=True) / count.sum().clamp_min(1)
+        for kind, count in ((texts[:harmful], usable[:harmful]), (texts[harmful:], usable[harmful:]))
+    )
+    return positive - negative
 
 
 class _Tap(torch.autograd.Function):
@@ -94,57 +207,3 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.step._scale = grads[0].detach()
         return grads[0], None
-
-
-class SinkPenalty(torch.autograd.Function):
-    """Identity on a layer's attention output whose backward adds the gradient of alpha R_l to the references' q and
-    k."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor,
-        step: SinkStep,
-        layer: int,
-        scale: float,
-        attend: Backend,
-    ) -> Tensor:
-        """out: any shape; q [n,H,D], k [n,G,D], lse [H,n] of the reference tokens only."""
-        log_p = sink_logprob(q, k, lse, step.segments, step.position, scale)
-        divergence = (log_p.exp() * step.weights).sum(-1)
-        step.record(layer, divergence)
-        ctx.save_for_backward(q, k, log_p, divergence)
-        ctx.step, ctx.scale, ctx.attend = step, scale, attend
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, log_p, divergence = ctx.saved_tensors
-        step: SinkStep = ctx.step
-        nothing = (None,) * 5
-        if step.alpha == 0 or not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return grads[0], None, None, *nothing
-        positive = divergence > 0
-        if q.device.type == "cpu" and not positive.any():  # on a GPU the look would stall the launch queue
-            return grads[0], None, None, *nothing
-        per_head = step.scale.float() * (step.alpha / (step.layers * step.heads)) * positive  # [H]
-        grad_q, grad_k = sink_gradient(
-            q, k, log_p, per_head[:, None] * step.weights, step.segments, step.position, ctx.scale, ctx.attend
-        )
-        return grads[0], grad_q, grad_k, *nothing
-
-
-def mean_weights(segments: Segments, harmful: int, position: int) -> Tensor:
-    """[1,n] fp32 weights w with d_h = sum_i w_i p_hi: the mean over each text's queries after the sink, then over the
-    texts of
-    a kind. A text with no query after the sink contributes nothing.
-    """
-    weights = torch.zeros(1, segments.bounds[-1])
-    for kind, sign in ((segments.spans[:harmful], 1.0), (segments.spans[harmful:], -1.0)):
-        usable = [(start + position + 1, end) for start, end in kind if end - start > position + 1]
-        for first, end in usable:
-            weights[:, first:end] = sign / (len(usable) * (end - first))
-    return weights.to(segments.cu_seqlens.device, non_blocking=True)

@@ -13,20 +13,30 @@ def attention_refusals(config: Any, longest: int) -> list[str]:
     """
     reasons = []
     name = config.model_type
-    if getattr(config, "attn_logit_softcapping", None):
-        reasons.append(f"{name} caps its attention logits, which the flash kernels here do not compute")
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
-    if window and slides and window < longest:
+    cls: Any = _model_class(config)
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append(f"{name} is an encoder-decoder, and only causal language models are trained here")
+    elif cls is not None and not getattr(cls, "_supports_attention_backend", False):
+        reasons.append(f"{name} does not compute its attention through transformers' attention interface")
+    elif cls is not None and not getattr(cls, "_supports_flash_attn", False):
+        # transformers says so of models whose masks a kernel is not told about.
+        reasons.append(f"{name} masks its attention in a way that flash kernels are not told about")
+    if getattr(cls, "_is_stateful", False):
+        reasons.append(f"{name} has recurrent layers, whose state would run on from text to text of a packed row")
+    if getattr(config, "use_bidirectional_attention", False) in (True, "all"):
+        reasons.append(f"{name} attends in both directions (use_bidirectional_attention)")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
         reasons.append(
-            f"{name} has a sliding window of {window} tokens, and the longest text has {longest}: "
-            "lower --max_length and --reference_max_length to the window"
+            f"{name} has layers of {', '.join(sorted(kinds))}, which would mix the texts of a packed row and have no "
+            "attention sink"
         )
     for rope in _ropes(config):
         kind = rope.get("rope_type", "default")
+        if kind not in ("dynamic", "longrope"):
+            continue
         switch = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ("dynamic", "longrope") and longest > switch:
+        if longest > switch:
             reasons.append(
                 f"{name} uses {kind} rotary scaling, which switches at {switch} tokens, and the longest text has "
                 f"{longest}: a packed row would rotate its short texts as if they were long; lower --max_length"
@@ -48,6 +58,14 @@ def sink_refusals(config: Any, ds_config: Mapping[str, Any]) -> list[str]:
             "ds_config compile.deepcompile rewrites the graph that the sink penalty is injected into: turn it off"
         )
     return reasons
+
+
+def _model_class(config: Any) -> type | None:
+    """The causal language model of a configuration; None for code that comes with a model."""
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _ropes(config: Any) -> list[Mapping[str, Any]]:

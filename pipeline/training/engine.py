@@ -42,7 +42,7 @@ def build_engine(run: Prepared, device: torch.device) -> Engine:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    backend, reason = backends.choose(run.train.attention, device.type)
+    backend, reason = backends.choose(run.train.attention, device.type, half=bool(run.train.bf16))
     zero3_config = HfDeepSpeedConfig(run.ds_config)
     model = load_model(run, attention.register(backend))
     parameters = list(model.named_parameters())

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.data.chat import Example
 from pipeline.data.packing import PackedBatch, pack
 from pipeline.data.streams import Stream
-from pipeline.sink.backends import Segments
+from pipeline.sink.layout import Segments
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Method(ABC):
         return []
 
     def reference_texts(self) -> int:
-        """Reference texts packed behind each micro-batch, for the token budget."""
+        """Reference texts of each of its pools that are packed behind a micro-batch, for the token budget."""
         return 0
 
     def shortest_reference(self) -> int:

@@ -64,7 +64,7 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
         check_run_folder(train, method_name)
     train = _device_defaults(train)
     with gather():
-        choose(train.attention, "cuda" if torch.cuda.is_available() else "cpu")
+        choose(train.attention, "cuda" if torch.cuda.is_available() else "cpu", half=bool(train.bf16))
 
     model_path, config, tokenizer = "", None, None
     with gather():
@@ -272,16 +272,13 @@ def token_budget(run: Prepared) -> dict[str, float]:
     """Tokens of the planned run; errors: ValueError if a forward pass would exceed --max_tokens_per_device, naming its
     rows."""
     stream, layout = run.streams["train"], run.streams["train"].layout
-    references = (
-        [int(run.streams[name].pool.lengths.max()) for name in run.method.pools]
-        if run.method.reference_texts()
-        else []
-    )
+    each = run.method.reference_texts()
+    references = sum(each * int(run.streams[name].pool.lengths.max()) for name in run.method.pools if each)
     tokens = trained = largest = 0
     cap = run.train.max_tokens_per_device
     for step in range(run.steps):
         rows = stream.global_batch(step)
-        packed = stream.pool.lengths[rows].reshape(layout.micro_batches, layout.rows).sum(1) + sum(references)
+        packed = stream.pool.lengths[rows].reshape(layout.micro_batches, layout.rows).sum(1) + references
         micro = int(packed.argmax())
         if cap is not None and packed[micro] > cap:
             names = ", ".join(stream.pool.row_id(int(i)) for i in stream.micro_batch(step, micro)[:4])
@@ -298,5 +295,5 @@ def token_budget(run: Prepared) -> dict[str, float]:
         "tokens_per_step": round(tokens / run.steps, 1),
         "trained_tokens_per_step": round(trained / run.steps, 1),
         "largest_packed_row": largest,
-        "reference_tokens_at_most": sum(references),
+        "reference_tokens_at_most": references,
     }

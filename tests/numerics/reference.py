@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from pipeline.methods.surgery import numbers
 from pipeline.training.prepared import Prepared
 
 
@@ -41,19 +42,24 @@ def global_loss(model: Any, run: Prepared, step: int, ranks: int) -> tuple[torch
             example = train.pool[int(i)]
             nll = nll + text_nll(model, example)
             trained += sum(label != -100 for label in example.labels[1:])
-        if run.method_name == "surgery":
-            kinds = []
+        if run.method_name == "surgery" and step % run.method.config.penalty_every == 0:
+            config, kinds = run.method.config, []
             for kind in ("harmful", "harmless"):
                 stream = run.streams[kind]
-                (i,) = stream.sample(step, index, 1)
-                kinds.append(sink_means(model, stream.pool[int(i)], run.method.config.sink_token_position))
-            penalty = penalty + torch.relu(kinds[0] - kinds[1]).mean() / micro_batches
+                drawn = stream.sample(step, index, config.references_per_step)
+                texts = [sink_means(model, stream.pool[int(i)], config.sink_token_position) for i in drawn]
+                kinds.append(torch.stack(texts).mean(0))
+            layers = numbers("layers", config.layers) or list(range(len(kinds[0])))
+            heads = numbers("heads", config.heads) or list(range(len(kinds[0][0])))
+            divergence = (kinds[0] - kinds[1])[layers][:, heads]
+            penalty = penalty + torch.relu(divergence).mean() / micro_batches
     return nll / trained, penalty
 
 
 def train(model: Any, run: Prepared, ranks: int) -> dict[str, Any]:
     """The run's steps with AdamW and clipping; the same record as the worker's."""
-    alpha = getattr(run.method.config, "alpha", 0.0)
+    # The penalty of every N-th step counts N times.
+    alpha = getattr(run.method.config, "alpha", 0.0) * getattr(run.method.config, "penalty_every", 1)
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     settings = run.train
     optimizer = torch.optim.AdamW(

@@ -27,6 +27,10 @@ CASES = {
     ]
     for trained, checkpointing, accumulation in itertools.product(TRAINED, CHECKPOINTING, (1, 4))
 }  # fmt: skip
+OPTIONS = [
+    "--references_per_step", "3", "--penalty_every", "2", "--layers", "1", "--heads", "0-1", "3",
+    "--sink_token_position", "1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,7 @@ def surgery(base: list[str], references: list[str]) -> list[str]:
 def trained(surgery: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every case and a broken one, on two ranks."""
     cases: dict[str, Any] = {name: {"argv": [*surgery, *flags]} for name, flags in CASES.items()}
+    cases["options"] = {"argv": [*surgery, *OPTIONS]}
     cases["detached-lse"] = {"argv": [*surgery, *CASES["full-plain-acc1"]], "detach_lse": True}
     return train_cases(cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
@@ -89,6 +94,21 @@ def test_logged_numbers_are_the_formulas(name: str, trained: Any, expected: Any)
     assert metrics[0]["sink_penalty"] > 0
     assert 0 < metrics[0]["positive_heads"] < 1
     assert any(norm > 1 for norm in wanted["norms"]), "the case must reach the clipping threshold to test it"
+
+
+def test_several_references_every_other_step_on_some_heads(surgery: list[str], trained: Any) -> None:
+    """--references_per_step, --penalty_every, --layers, --heads and --sink_token_position together."""
+    found, metrics = trained("options")
+    model = sharp_llama().train()
+    model.set_attn_implementation("eager")
+    wanted = reference.train(model, prepared([*surgery, *OPTIONS], ranks=2), ranks=2)
+    assert max(distances(found["gradients"], wanted["gradients"]).values()) < GRADIENT
+    assert max(distances(updates(found), updates(wanted)).values()) < UPDATE
+    assert any(wanted["penalty"][::2])
+    assert ["sink_penalty" in line for line in metrics] == [True, False] * 5
+    for line, r in zip(metrics, wanted["penalty"], strict=True):
+        assert line.get("sink_penalty", 0.0) == pytest.approx(r, rel=1e-3, abs=1e-9)
+        assert line["loss"] == pytest.approx(line["ce_loss"] + 2 * 100 * line.get("sink_penalty", 0.0), rel=1e-6)
 
 
 def test_a_detached_log_sum_exp_fails_the_comparison(trained: Any, expected: Any) -> None:

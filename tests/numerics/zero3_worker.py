@@ -23,7 +23,7 @@ here = world()
 import deepspeed  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from pipeline.sink import column, divergence  # noqa: E402
+from pipeline.sink import column, injection  # noqa: E402
 from pipeline.training.preflight import prepare  # noqa: E402
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
@@ -54,10 +54,10 @@ def full_tensors(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def detached_lse_gradient(
-    q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scale: float, attend: Any
+    q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scoring: Any, attend: Any
 ) -> Any:
     """The wrong gradient that a kernel's dropped LSE gradient leaves: only the numerator's."""
-    c = (scale * grad_p * log_p.exp()).transpose(0, 1)
+    c = (scoring.scale * grad_p * log_p.exp()).transpose(0, 1)
     grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
     group = q.shape[1] // k.shape[1]
     for first, end in segments.spans:
@@ -80,7 +80,7 @@ def prepared(argv: list[str]) -> Prepared:
 
 def run_case(run: Prepared, device: torch.device, detach_lse: bool) -> dict[str, Any]:
     """Train one case."""
-    divergence.sink_gradient = detached_lse_gradient if detach_lse else column.sink_gradient
+    injection.sink_gradient = detached_lse_gradient if detach_lse else column.sink_gradient
     engine, loop = start(run, device)
     saved: dict[str, Any] = {"initial": full_tensors(engine), "gradients": {}}
     step = engine.deepspeed.step

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Gemma2Config, MistralConfig
+from transformers import BloomConfig, Gemma2Config, Llama4TextConfig, MistralConfig, Qwen3NextConfig, T5Config
 
 from pipeline.sink import attention, backends
-from pipeline.sink.backends import Segments
 from pipeline.sink.column import sink_gradient, sink_logprob
 from pipeline.sink.divergence import SinkStep, penalty
+from pipeline.sink.layout import Scoring, Segments
 from pipeline.sink.support import attention_refusals, sink_refusals
 from tests.tiny import tiny_llama, tiny_qwen2
 
 ALPHA = 300.0
-CPU_BACKENDS = ["cpu_flash", "sdpa"]
+CPU_BACKENDS = ["cpu_flash", "sdpa", "blocked"]
 
 
 def packed(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, Segments]:
@@ -123,10 +123,11 @@ def test_bf16_sink_gradient_is_within_one_percent_of_fp64(mean_p: float) -> None
     q_exact, k_exact = q.double().requires_grad_(), k.double().requires_grad_()
     dense_sink(q_exact, k_exact, scale)[:, 1:].mean(-1).sum().backward()
     segments = Segments.from_bounds([0, n], "cpu")
-    _, lse = backends.cpu_flash(q, k, k, segments, scale, 0)
-    log_p = sink_logprob(q, k, lse, segments, 0, scale)
+    scoring = Scoring(scale)
+    _, lse = backends.cpu_flash(q, k, k, segments, scoring, 0)
+    log_p = sink_logprob(q, k, lse, segments, 0, scoring)
     grad_p = torch.full((heads, n), 1 / (n - 1))
-    grad_q, grad_k = sink_gradient(q, k, log_p, grad_p, segments, 0, scale, backends.cpu_flash)
+    grad_q, grad_k = sink_gradient(q, k, log_p, grad_p, segments, 0, scoring, backends.cpu_flash)
     assert (grad_q - q_exact.grad).norm() < 0.01 * q_exact.grad.norm()
     assert (grad_k - k_exact.grad).norm() < 0.01 * k_exact.grad.norm()
 
@@ -165,26 +166,31 @@ def test_a_forward_pass_without_its_tap_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sliding_window": 4}, "sliding window of 4"),
-        ({"softcap": 30.0}, "softcap 30.0"),
-        ({"s_aux": torch.zeros(4)}, "learned sink logits"),
+        ({"position_bias": torch.zeros(4)}, "Module hands `position_bias` to its attention"),
+        ({"is_causal": False}, "both directions"),
         ({"dropout": 0.1}, "attention_dropout 0.1"),
     ],
 )
-def test_what_a_kernel_cannot_compute_is_refused_by_name(kwargs: dict[str, Any], message: str) -> None:
+def test_what_is_not_computed_is_refused_by_name(kwargs: dict[str, Any], message: str) -> None:
     q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     with pytest.raises(ValueError, match=message):
-        attention.sink_attention(torch.nn.Module(), q, k, k, None, attend=backends.cpu_flash, **kwargs)
+        attention.sink_attention(torch.nn.Module(), q, k, k, None, kernel=backends.KERNELS["cpu_flash"], **kwargs)
 
 
 def test_backend_choice_is_explained_and_an_impossible_one_is_refused() -> None:
-    assert backends.choose("auto", "cpu")[0] == "cpu_flash"
-    assert backends.choose("auto", "mps")[0] == "sdpa"
-    assert backends.choose("auto", "cuda")[0] in ("flash_attention_2", "varlen")
-    with pytest.raises(ValueError, match="needs a CUDA device"):
-        backends.choose("varlen", "cpu")
-    with pytest.raises(ValueError, match="CPU only"):
-        backends.choose("cpu_flash", "cuda")
+    assert backends.choose("auto", "cpu", half=False)[0] == "cpu_flash"
+    assert backends.choose("auto", "mps", half=True)[0] == "sdpa"
+    name, reason = backends.choose("auto", "cuda", half=True)
+    assert name.startswith("flash_attention") or (name == "varlen" and "flash_attention_2" in reason)
+    assert backends.choose("auto", "cuda", half=False)[0] == "sdpa"
+    for requested, device, half, message in (
+        ("varlen", "cpu", True, "needs a CUDA device"),
+        ("cpu_flash", "cuda", True, "CPU only"),
+        ("varlen", "cuda", False, "add --bf16"),
+        ("flash_attention_3", "cuda", True, "flash_attn_interface is not installed: build the folder `hopper`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backends.choose(requested, device, half=half)
 
 
 def test_settings_with_wrong_sink_statistics_are_refused() -> None:
@@ -198,10 +204,12 @@ def test_settings_with_wrong_sink_statistics_are_refused() -> None:
 
 def test_models_whose_attention_would_be_wrong_are_refused_before_they_are_loaded() -> None:
     config = MistralConfig(sliding_window=64, num_hidden_layers=2)
-    assert attention_refusals(config, longest=64) == []
-    assert "sliding window of 64 tokens, and the longest text has 65" in attention_refusals(config, longest=65)[0]
-    assert attention_refusals(tiny_qwen2().config, longest=4096) == [], "Qwen2 has a window it does not use"
-    assert "caps its attention logits" in attention_refusals(Gemma2Config(), longest=8)[0]
+    assert attention_refusals(config, longest=65) == []
+    assert attention_refusals(Gemma2Config(), longest=8192) == []
+    assert "layers of linear_attention" in " ".join(attention_refusals(Qwen3NextConfig(), longest=8))
+    assert "masks its attention" in attention_refusals(Llama4TextConfig(), longest=8)[0]
+    assert "encoder-decoder" in attention_refusals(T5Config(), longest=8)[0]
+    assert "attention interface" in attention_refusals(BloomConfig(), longest=8)[0]
     llama = tiny_llama().config
     llama.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert attention_refusals(llama, longest=2048) == [], "no text reaches the length at which it switches"
@@ -213,15 +221,15 @@ def test_the_cuda_backends_give_the_shapes_of_the_signature(monkeypatch: pytest.
     it."""
     segments = Segments((0, 8, 20), torch.empty(3, dtype=torch.int32, device="meta"))
     q, k = (torch.empty(20, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
-    out, lse = backends.varlen(q, k, k, segments, 0.125, 8)
+    out, lse = backends.varlen(q, k, k, segments, Scoring(0.125), 8)
     assert (out.shape, lse.shape, lse.dtype) == ((20, 4, 64), (4, 12), torch.float32)
 
     def flash_attn_varlen_func(
         q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: float, causal: bool,
-        return_attn_probs: bool,
+        window_size: tuple[int, int], softcap: float, return_attn_probs: bool,
     ) -> tuple[Any, Any, None]:  # fmt: skip
-        assert (max_q, max_k, causal, return_attn_probs) == (12, 12, True, True)
-        return *backends.cpu_flash(q, k, v, Segments(tuple(cu_q.tolist()), cu_k), softmax_scale, 0), None
+        assert (max_q, max_k, causal, window_size, softcap, return_attn_probs) == (12, 12, True, (-1, 0), 0.0, True)
+        return *backends.cpu_flash(q, k, v, Segments(tuple(cu_q.tolist()), cu_k), Scoring(softmax_scale), 0), None
 
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
@@ -229,8 +237,8 @@ def test_the_cuda_backends_give_the_shapes_of_the_signature(monkeypatch: pytest.
     segments = Segments.from_bounds([0, 8, 20], "cpu")
     q, k = torch.randn(20, 4, 64), torch.randn(20, 2, 64)
     for found, wanted in zip(
-        backends.flash_attention_2(q, k, k, segments, 0.125, 8),
-        backends.cpu_flash(q, k, k, segments, 0.125, 8),
+        backends.flash_attention_2(q, k, k, segments, Scoring(0.125), 8),
+        backends.cpu_flash(q, k, k, segments, Scoring(0.125), 8),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted)
