@@ -102,6 +102,6 @@ def blocked_sink_gradient(
         _, lse = blocked_attention(inputs[0], inputs[1], inputs[1][..., :0], segments, scoring)
         p = sink_logprob(inputs[0], inputs[1], lse, segments, position, scoring).exp()
         # The log-sum-exp is named as well, because p is a constant where no query sees its sink.
-        found = torch.autograd.grad([p, lse], inputs, [grad_p.to(exact), torch.zeros_like(lse)])
+        found = torch.autograd.grad((p * grad_p.to(exact)).sum() + 0 * lse.sum(), inputs)
     grad_logits = None if logits is None else found[2].to(logits.dtype)
     return found[0].to(q.dtype), found[1].to(k.dtype), grad_logits

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pipeline.sink.backends import Backend
 from pipeline.sink.column import sink_logprob
-from pipeline.sink.injection import FusedSinkAttention, SinkPenalty, fused_backward_runs
+from pipeline.sink.fused import can_run
+from pipeline.sink.injection import FusedSinkAttention, SinkPenalty
 from pipeline.sink.layout import Scoring, Segments
 
 
@@ -73,7 +74,7 @@ class SinkStep:
     ) -> Tensor:
         """A watched layer's attention, [T,H,D], whose backward pass adds the gradient of alpha R_l to q and k."""
         start = self.start
-        if self.alpha and fused_backward_runs(q, scoring):
+        if self.alpha and can_run(q, v, scoring):
             users = segments.until(start)
             out, _ = attend(q[:start], k[:start], v[:start], users, scoring, start) if start else (q[:0], None)
             references = FusedSinkAttention.apply(  # type: ignore[no-untyped-call]

@@ -7,8 +7,6 @@ attention of the reference texts itself, with the sink gradient inside its backw
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from pipeline.sink.backends import Backend
 from pipeline.sink.column import blocked_sink_gradient, sink_gradient, sink_logprob
+from pipeline.sink.fused import attention_backward
 from pipeline.sink.layout import Scoring
 
 if TYPE_CHECKING:
@@ -120,17 +119,8 @@ class FusedSinkAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from pipeline.sink.fused import attention_backward
-
         q, k, v, out, lse, divergence = ctx.saved_tensors
         step: SinkStep = ctx.step
         grad_p = step.grad_p(divergence)
         found = attention_backward(q, k, v, out, lse, grads[0], grad_p, step.segments, step.position, ctx.scoring)
         return *found, None, None, None, None
-
-
-def fused_backward_runs(q: Tensor, scoring: Scoring) -> bool:
-    """Whether the Triton kernel can take over the references' backward pass: on CUDA, or anywhere in Triton's
-    interpreter."""
-    runs = q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return runs and scoring.sink_logits is None and importlib.util.find_spec("triton") is not None
