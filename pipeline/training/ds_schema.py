@@ -59,13 +59,6 @@ class _Recorder(dict[str, Any]):
                 yield from value.never_read((*path, key))
 
 
-def known_top_level_keys() -> frozenset[str]:
-    """The top-level keys the installed DeepSpeed looks up, those it has removed and rejects with a reason included."""
-    recorder = _Recorder({"train_micro_batch_size_per_gpu": 1})
-    _read(recorder)
-    return frozenset(recorder.asked)
-
-
 def deepspeed_problems(config: dict[str, Any]) -> list[tuple[Keys, str]]:
     """What the installed DeepSpeed rejects or never reads: the way to the key (empty: several keys) and the reason.
 
