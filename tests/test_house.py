@@ -41,9 +41,11 @@ FLOORS = {
     "pipeline.assess": 6,
     "pipeline.measure": 6,
     "tools": 6,
+    "tools.bench": 5,
 }
 WITHOUT_DEEPSPEED = ("data", "curation", "realignment", "evaluation", "checkpoints")
 MAX_LINES = 400
+BUILT_FROM_SOURCE = ("flash_attn_interface",)  # no package index has them
 
 
 @functools.cache
@@ -204,7 +206,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     for path in below("pipeline", "tools"):
         for line, name in imports(path):
             top = name.partition(".")[0]
-            if top in sys.stdlib_module_names or top in ("pipeline", "tools"):
+            if top in sys.stdlib_module_names or top in ("pipeline", "tools", *BUILT_FROM_SOURCE):
                 continue
             providers = {each.lower().replace("_", "-") for each in distributions.get(top, [top])}
             if not providers & declared:

@@ -9,6 +9,7 @@ import argparse  # noqa: E402
 
 from pipeline.config import run_door  # noqa: E402
 from pipeline.report.comparison import read_rows  # noqa: E402
+from pipeline.report.positive_heads import write_hypothesis  # noqa: E402
 from pipeline.report.table import write_table  # noqa: E402
 
 
@@ -22,9 +23,16 @@ def main() -> None:
         metavar="NAME=assess:DIR[,DIR];sinks:DIR[,DIR];run:DIR[,DIR];match:DIR[,DIR]",
         help="a model and the folders of its stages; several folders are seeds; only assess: is needed",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for table.md and table.json")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="folder for table.md, table.json and, of two measured rows or more, hypothesis.png",
+    )
     arguments = parser.parse_args()
-    print(write_table(read_rows(arguments.rows), arguments.output_dir), end="")
+    rows = read_rows(arguments.rows)
+    print(write_table(rows, arguments.output_dir), end="")
+    write_hypothesis(rows, arguments.output_dir)
 
 
 if __name__ == "__main__":

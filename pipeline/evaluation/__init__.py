@@ -1,1 +1,2 @@
-"""Offline evaluation: answers, verdicts, scores with intervals, and cross-entropies. Never imports deepspeed."""
+"""Offline evaluation: answers, verdicts, scores with intervals, cross-entropies and sink statistics. Reaches deepspeed
+through training/ alone."""

@@ -8,7 +8,7 @@ metrics.jsonl of train.py, `match:` match.json of match_checkpoint.py. All but t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,16 @@ def read_rows(specs: Sequence[str]) -> list[Row]:
     if problems:
         raise Problems(problems)
     return rows
+
+
+def read_shares(folder: Path) -> dict[str, Share]:
+    """The shares of one evaluation, by name. Errors: ValueError if results.json is missing or not one."""
+    return _shares([_read_results(folder)[0]])
+
+
+def harmful_score(shares: Mapping[str, Share]) -> Share | None:
+    """The share of harmful answers, of several suites the first one's; None if no suite judges that."""
+    return next((share for name, share in shares.items() if name.split()[-1] == "harmful_score"), None)
 
 
 def _read_row(spec: str) -> Row:

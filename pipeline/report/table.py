@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.report.comparison import Mean, Row, Share
+from pipeline.report.files import write_bytes
 
 MISSING = "–"
 
@@ -19,9 +20,7 @@ def write_table(rows: Sequence[Row], output_dir: Path) -> str:
     output_dir.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}, indent=1) + "\n"
     for name, written in (("table.md", text), ("table.json", content)):
-        temporary = output_dir / f"{name}.tmp"
-        temporary.write_text(written, encoding="utf-8")
-        temporary.replace(output_dir / name)
+        write_bytes(output_dir / name, written.encode())
     return text
 
 

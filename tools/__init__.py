@@ -1,0 +1,1 @@
+"""Doors over `pipeline` that are not part of a training run."""

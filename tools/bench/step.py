@@ -1,0 +1,140 @@
+"""What a Surgery step costs, beside an SFT step and beside the public code's way: `python tools/bench/step.py`.
+
+Everything is paired and interleaved (A B B A ...) in one process of one rank, forward and backward passes and whole
+steps both. Surgery and SFT are steps of one ZeRO-3 engine, taken by the product's own loop.
+
+  layouts   Surgery / SFT against the bound of flops.py
+  lengths   three eager passes / Surgery, one user text of N tokens and two references of N, 512 at most; peak memory
+  memory    Surgery's peak above SFT's where every text has N tokens, and its straight line over N
+  --trl     SFT's tokens per second beside those of TRL's SFTTrainer
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from dataclasses import asdict, dataclass, field  # noqa: E402
+from tempfile import TemporaryDirectory  # noqa: E402
+from typing import Any  # noqa: E402
+
+from pipeline.config import Problems, parse, run_door  # noqa: E402
+from tools.bench import report, step_tables  # noqa: E402
+from tools.bench.layouts import Layout, Setting, cut_model, model_config  # noqa: E402
+from tools.bench.trl_sft import check_trl  # noqa: E402
+
+CPU_LAYERS = 4
+LENGTHS = (256, 512, 1024, 2048, 4096)
+CUDA_LENGTH = 8192
+
+
+@dataclass
+class StepArguments:
+    """Flags of the step benchmark."""
+
+    model_name_or_path: str = field(default="builtin", metadata={"help": "Model folder or hub id, or 'builtin'."})
+    layers: int | None = field(
+        default=None, metadata={"help": "Keep the model's first N layers. [default: 4 on CPU, all of them on CUDA]"}
+    )
+    eager_layers: int = field(
+        default=4,
+        metadata={"help": "Layers of the model in the parts over lengths, so that eager attention fits. [default: 4]"},
+    )
+    layouts: list[str] = field(
+        default_factory=lambda: ["8x512+2x512", "2x1024+2x512", "1x4096+2x512", "8x128+2x128"],
+        metadata={
+            "help": "User texts x tokens + reference texts x tokens; 'none' leaves this part out. "
+            "[default: 8x512+2x512 2x1024+2x512 1x4096+2x512 8x128+2x128]"
+        },
+    )
+    lengths: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tokens of a text in the parts over lengths; 0 leaves them out. "
+            "[default: 256 512 1024 2048 4096, on CUDA 8192 too]"
+        },
+    )
+    repeats: int = field(
+        default=4, metadata={"help": "Pairs of steps a layout, after one that is thrown away. [default: 4]"}
+    )
+    alpha: float = field(default=300.0, metadata={"help": "Weight of Surgery's penalty. [default: 300]"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda. [default: cuda where there is one]"})
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 training. [default: true on CUDA, else false]"})
+    attention: str = field(default="auto", metadata={"help": "Attention kernel, as train.py's flag."})
+    ds_config: str = field(
+        default="ds_configs/z3.json", metadata={"help": "DeepSpeed configuration file. [default: ds_configs/z3.json]"}
+    )
+    trl: bool = field(default=False, metadata={"help": "Compare SFT with TRL's SFTTrainer at each layout too."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+
+    def __post_init__(self) -> None:
+        problems = []
+        for flag in ("repeats", "layers", "eager_layers"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                problems.append(f"--{flag} {value}: give 1 or more")
+        if self.lengths != [0] and min(self.lengths, default=64) < 64:
+            problems.append(f"--lengths {min(self.lengths)}: give 64 or more, or 0 alone to leave these parts out")
+        if problems:
+            raise Problems(problems)
+
+
+def main() -> None:
+    """Parse, run the parts, print each part's table and write the JSON after each."""
+    report.choose_device(sys.argv[1:])
+    arguments = parse([StepArguments], sys.argv[1:], description=__doc__)[StepArguments]
+    layouts = [Layout.parse(each) for each in arguments.layouts if each != "none"]
+    if arguments.trl:
+        check_trl()
+        if not layouts:
+            raise ValueError("--trl has no effect with --layouts none: leave it out")
+
+    import torch.distributed as dist
+
+    from pipeline.builtin_model import resolve_model
+    from pipeline.training.distributed import initialize_process_group, world
+    from tools.bench.steps import StepBench, memory_fits
+
+    here = world()
+    if here.size > 1:
+        raise ValueError(f"step.py compares steps of one rank, and was started on {here.size}: run it with python")
+    device = initialize_process_group(here)
+    bf16 = device.type == "cuda" if arguments.bf16 is None else arguments.bf16
+    whole = model_config(resolve_model(arguments.model_name_or_path)).get_text_config().num_hidden_layers
+    layers = min(arguments.layers or (CPU_LAYERS if device.type == "cpu" else whole), whole)
+    eager_layers = min(arguments.eager_layers, whole)
+    lengths = arguments.lengths or [*LENGTHS, *([CUDA_LENGTH] if device.type == "cuda" else [])]
+    resolved = {
+        "bf16": bf16, "layers": layers, "eager_layers": eager_layers, "model_layers": whole, "lengths": lengths,
+    }  # fmt: skip
+    found = report.header(device, asdict(arguments) | resolved)
+    print(report.describe(found), flush=True)
+
+    def show(part: str, value: Any) -> None:
+        found[part] = value
+        print(f"\n{step_tables.TABLES[part](found)}", flush=True)
+        report.save(found, arguments.output)
+
+    with TemporaryDirectory() as folder:
+
+        def bench(kept: int) -> StepBench:
+            model = cut_model(arguments.model_name_or_path, kept, Path(folder))
+            rows = Path(folder) / "rows"
+            setting = Setting(model, arguments.ds_config, bf16, arguments.attention, arguments.alpha, rows, here)
+            return StepBench(setting, device, arguments.repeats)
+
+        if layouts:
+            with bench(layers) as cut:
+                show("layouts", [cut.layout(each) for each in layouts])
+                if arguments.trl:
+                    show("trl", [cut.trl(each) for each in layouts])
+        if lengths != [0]:
+            with bench(eager_layers) as cut:
+                show("lengths", cut.lengths(lengths))
+                rows = cut.memory(lengths)
+                show("memory", {"rows": rows, "fits": memory_fits(found["lengths"], rows)})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_door(main)
