@@ -35,8 +35,6 @@ def variant(model: Path, folder: Path, **settings: Any) -> Path:
             },
             "llama uses dynamic rotary scaling, which switches at 16 tokens, and the longest text has ",
         ),
-        ({"attn_logit_softcapping": 50.0}, "llama caps its attention logits"),
-        ({"sliding_window": 16}, "llama has a sliding window of 16 tokens, and the longest text has "),
         ({"model_type": "nosuch"}, "The checkpoint you are trying to load has model type `nosuch`"),
     ],
 )
