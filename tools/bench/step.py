@@ -37,8 +37,8 @@ class StepArguments:
         default=None, metadata={"help": "Keep the model's first N layers. [default: 4 on CPU, all of them on CUDA]"}
     )
     eager_layers: int = field(
-        default=4,
-        metadata={"help": "Layers of the model in the parts over lengths, so that eager attention fits. [default: 4]"},
+        default=8,
+        metadata={"help": "Layers of the model in the parts over lengths, so that eager attention fits. [default: 8]"},
     )
     layouts: list[str] = field(
         default_factory=lambda: ["8x512+2x512", "2x1024+2x512", "1x4096+2x512", "8x128+2x128"],
