@@ -59,8 +59,9 @@ $(VENV)/.setup-gpu: $(VENV)/.setup
 demo: setup  ## align, attack and assess the built-in model, print the comparison (about 10 minutes on two cores)
 	@$(VENV_PYTHON) tools/chain.py pipeline/recipes/demo.yaml
 
+# Two at a time: many tests start two ranks, and every one of them loads torch. A file's tests stay together.
 test: setup  ## run every test (under 15 minutes on two cores)
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check

@@ -15,7 +15,7 @@ is used there too.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,9 @@ def cpu_flash(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own CPU flash kernel, one call a segment (it has no variable-length form)."""
     outs, lses = [], []
-    for start, end in segments.spans:
+    for (start, end), text in zip(segments.spans, _texts(q, k, v, segments), strict=True):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x[start:end].transpose(0, 1)[None] for x in (q, k, v)), 0.0, True, scale=scoring.scale
+            *(x.transpose(0, 1)[None] for x in text), 0.0, True, scale=scoring.scale
         )
         outs.append(out[0].transpose(0, 1))
         if end > lse_from:
@@ -50,17 +50,17 @@ def sdpa(
     """scaled_dot_product_attention on any device. It returns no LSE, so the reference texts' is computed beside it, in
     blocks."""
     outs, lses = [], []
-    for start, end in segments.spans:
-        q_HTD, k_GTD, v_GTD = (x[start:end].transpose(0, 1) for x in (q, k, v))
-        gqa = q.shape[1] != k.shape[1]
+    gqa = q.shape[1] != k.shape[1]
+    for (start, end), text in zip(segments.spans, _texts(q, k, v, segments), strict=True):
+        q_HTD, k_GTD, v_GTD = (x.transpose(0, 1) for x in text)
         out = F.scaled_dot_product_attention(
             q_HTD[None], k_GTD[None], v_GTD[None], is_causal=True, scale=scoring.scale, enable_gqa=gqa
         )
         outs.append(out[0].transpose(0, 1))
         if end > lse_from:
-            text = Segments.from_bounds((0, end - start), q.device)
+            one = Segments.from_bounds((0, end - start), q.device)
             with torch.no_grad():
-                _, lse = blocked_attention(q[start:end], k[start:end], v[start:end, :, :0], text, scoring)
+                _, lse = blocked_attention(text[0], text[1], text[2][..., :0], one, scoring)
             lses.append(lse[:, max(lse_from - start, 0) :].float())
     lse = torch.cat(lses, dim=-1) if lses else q.new_empty(q.shape[1], 0, dtype=torch.float32)
     return torch.cat(outs), lse
@@ -130,6 +130,13 @@ def blocked(
     """Plain PyTorch in blocks of queries, any device: the one that computes every kind of scoring."""
     out, lse = blocked_attention(q, k, v, segments, scoring)
     return out, lse[:, lse_from:].detach().float()
+
+
+def _texts(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Iterator[tuple[Tensor, ...]]:
+    """Each segment's q, k and v. Split, not sliced: the backward pass of a slice fills a gradient as long as the whole
+    row."""
+    lengths = [end - start for start, end in segments.spans]
+    return zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
 
 
 def _keys_back(segments: Segments, scoring: Scoring) -> int:

@@ -73,19 +73,21 @@ class SinkStep:
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scoring: Scoring, attend: Backend, layer: int
     ) -> Tensor:
         """A watched layer's attention, [T,H,D], whose backward pass adds the gradient of alpha R_l to q and k."""
-        start = self.start
-        if self.alpha and can_run(q, v, scoring):
-            users = segments.until(start)
-            out, _ = attend(q[:start], k[:start], v[:start], users, scoring, start) if start else (q[:0], None)
-            references = FusedSinkAttention.apply(  # type: ignore[no-untyped-call]
-                q[start:], k[start:], v[start:], self, scoring, attend, layer
+        # Split, not sliced: the backward pass of a slice fills a gradient as long as the whole row.
+        parts = [x.split([self.start, len(x) - self.start]) for x in (q, k, v)]
+        users, references = zip(*parts, strict=True)
+        out = []
+        if self.start:
+            out.append(attend(*users, segments.until(self.start), scoring, self.start)[0])
+        if self.alpha and can_run(*references[::2], scoring):
+            out.append(
+                FusedSinkAttention.apply(*references, self, scoring, attend, layer)  # type: ignore[no-untyped-call]
             )
-            return torch.cat([out, references])
-        out, lse = attend(q, k, v, segments, scoring, start)
-        penalised: Tensor = SinkPenalty.apply(  # type: ignore[no-untyped-call]
-            out, q[start:], k[start:], scoring.sink_logits, lse, self, scoring, attend, layer
-        )
-        return penalised
+        else:
+            plain, lse = attend(*references, self.segments, scoring, 0)
+            inputs = (plain, *references[:2], scoring.sink_logits, lse)
+            out.append(SinkPenalty.apply(*inputs, self, scoring, attend, layer))  # type: ignore[no-untyped-call]
+        return torch.cat(out)
 
     def tap(self, cross_entropy: Tensor) -> Tensor:
         """Pass the token-normalised cross-entropy through; its incoming gradient becomes the penalty's scale. Once a

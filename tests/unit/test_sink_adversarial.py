@@ -236,6 +236,13 @@ def test_strided_inputs_give_the_same_numbers(name: str) -> None:
         torch.testing.assert_close(found, want)
 
 
+def same(found: torch.Tensor, wanted: torch.Tensor, name: str) -> bool:
+    """Bit for bit; a learned sink's gradient is a sum over all tokens, which a watched layer takes in two parts."""
+    if name.endswith("sinks"):
+        return torch.allclose(found, wanted, rtol=1e-6, atol=0)
+    return torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("family", ["llama-3", "mistral", "gemma2", "gpt_oss"])
 def test_without_a_positive_head_the_gradient_is_plain_cross_entropys_bit_for_bit(family: str) -> None:
     """A harmful text of one token has a mean of 0, so every head's divergence is negative."""
@@ -249,7 +256,7 @@ def test_without_a_positive_head_the_gradient_is_plain_cross_entropys_bit_for_bi
     )
     F.cross_entropy(out.logits[0], ids[0, 1:11]).backward()
     for name, each in model.named_parameters():
-        assert torch.equal(found[name], each.grad), name
+        assert same(found[name], each.grad, name), name
 
 
 @pytest.mark.parametrize("family", ["llama-3", "mistral", "gemma2", "gpt_oss"])
@@ -279,7 +286,7 @@ def test_a_subset_of_layers_and_heads_is_penalised_alone(family: str) -> None:
     assert outside
     for name in outside:
         if not model.config.tie_word_embeddings or "layers" in name or "norm" in name:
-            assert torch.equal(found[name], plain[name]), f"{name} lies above the chosen layers"
+            assert same(found[name], plain[name], name), f"{name} lies above the chosen layers"
     rows = found["model.layers.1.self_attn.q_proj.weight"].view(4, 16, 64)
     without = plain["model.layers.1.self_attn.q_proj.weight"].view(4, 16, 64)
     torch.testing.assert_close(rows[2], without[2], rtol=1e-5, atol=1e-7)
