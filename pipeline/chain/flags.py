@@ -18,7 +18,7 @@ from pipeline.config import (
 
 # Doors with a parser of their own, which has few flags.
 FLAGS = {
-    "convert": ("dtype", "allow_attacked_model"),
+    "convert": ("dtype", "max_shard_size", "workers", "model_name_or_path", "allow_attacked_model"),
     "match": ("like", "metric"),
     "compare": ("rows",),
 }

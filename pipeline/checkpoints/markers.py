@@ -10,7 +10,10 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from pipeline.checkpoints.contents import content_sum
+from pipeline.config import Problems
 
 MARKER = "COMPLETE.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,18 +28,22 @@ class Marker:
         world_size: ranks that wrote shards.
         attacked: the run trained on --attack_data.
         files: size in bytes of every file of the folder, by its path relative to it.
+        sums: what their contents were (`contents.content_sum`); empty in a marker of an earlier version.
     """
 
     step: int
     world_size: int
     attacked: bool
     files: dict[str, int]
+    sums: dict[str, int]
 
 
 def write_complete_marker(folder: Path, *, step: int, world_size: int, attacked: bool) -> None:
-    """Writes COMPLETE.json with the sizes of all files under `folder`. One rank calls it, after a barrier."""
+    """Writes COMPLETE.json with the size and the content's sum of all files under `folder`. One rank calls it, after a
+    barrier."""
     files = _file_sizes(folder)
-    marker = {"step": step, "world_size": world_size, "attacked": attacked, "files": files}
+    sums = {name: content_sum(folder / name) for name in files}
+    marker = {"step": step, "world_size": world_size, "attacked": attacked, "files": files, "sums": sums}
     temporary = folder / f"{MARKER}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(marker, file, indent=1)
@@ -47,10 +54,11 @@ def write_complete_marker(folder: Path, *, step: int, world_size: int, attacked:
 
 
 def read_marker(folder: Path) -> Marker:
-    """Reads COMPLETE.json and compares every file it lists with the folder.
+    """Reads COMPLETE.json and compares every file it lists with the folder, by size (`contents.content_problems` reads
+    them whole).
 
     Raises:
-        ValueError: no readable marker, or a file that is missing or of another size, by name.
+        ValueError: no readable marker; or Problems, with each file that is missing or of another size.
     """
     path = folder / MARKER
     if not path.is_file():
@@ -62,17 +70,21 @@ def read_marker(folder: Path) -> Marker:
             world_size=int(fields["world_size"]),
             attacked=bool(fields["attacked"]),
             files={str(name): int(size) for name, size in fields["files"].items()},
+            sums={str(name): int(each) for name, each in fields.get("sums", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged marker ({error!r}); use another checkpoint-N folder") from None
+    problems = []
     for name, size in marker.files.items():
         file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{folder}: {name} is missing; use another checkpoint-N folder")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"{folder}: {name} has {file.stat().st_size} bytes instead of {size}; use another checkpoint-N folder"
-            )
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            problems.append(f"{path}: names {name!r}, which is not in the folder; use another checkpoint-N folder")
+        elif not file.is_file():
+            problems.append(f"{folder}: {name} is missing; use another checkpoint-N folder")
+        elif (found := file.stat().st_size) != size:
+            problems.append(f"{folder}: {name} has {found} bytes instead of {size}; use another checkpoint-N folder")
+    if problems:
+        raise Problems(problems)
     return marker
 
 
@@ -81,7 +93,7 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     steps = {}
     for folder in run_folder.glob("checkpoint-*"):
         match = CHECKPOINT_NAME.fullmatch(folder.name)
-        if match and folder.is_dir() and _is_complete(folder):
+        if match and folder.is_dir() and is_complete(folder):
             steps[int(match[1])] = folder
     return [steps[step] for step in sorted(steps)]
 
@@ -92,7 +104,8 @@ def newest_complete(run_folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Its marker is there and matches its files."""
     try:
         read_marker(folder)
     except ValueError:

@@ -1,200 +1,262 @@
-"""The shard files DeepSpeed writes: read as data, never as programs, and stitched back into whole tensors.
+"""The shard files that DeepSpeed writes under ZeRO-1, 2 and 3, as whole tensors that lie in pieces.
 
-A .pt file is a pickle and a pickle can run code, so shards are opened with `weights_only=True` and an allow-list.
-DeepSpeed itself opens them without, hence `refuse_unsafe_pickles` before it loads a checkpoint.
+How the pieces fit together was learned from deepspeed/utils/zero_to_fp32.py, to which the tests hold it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.checkpoints.tensor_file import Region, RegionReader, TensorFile
 
-class _ZeroStage(IntEnum):
-    """Stands in for DeepSpeed's enum, so that a checkpoint is read without importing deepspeed."""
-
-    disabled = 0
-    optimizer_states = 1
-    gradients = 2
-    weights = 3
-
-
-class _LossScaler:
-    """Stands in for DeepSpeed's loss scalers; nothing reads its fields."""
-
-
-# All that an honest shard names beyond tensors and plain containers. The dynamic scaler appears under fp16.
-_ALLOWED: list[Any] = [
-    (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-]
-
-
-def refuse_unsafe_pickles(folder: Path) -> None:
-    """Scans every .pt and .pth file under `folder` without opening it as a pickle.
-
-    Raises:
-        ValueError: a file names a global beyond tensors, containers and DeepSpeed's stage enum and loss scalers, or is
-            no file of torch.save; names the file and the global.
-    """
-    for path in sorted((*folder.rglob("*.pt"), *folder.rglob("*.pth"))):
-        with torch.serialization.safe_globals(_ALLOWED):
-            try:
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            except Exception as error:  # a damaged zip or pickle fails in many ways, none of them is loadable
-                raise ValueError(f"{path}: not a readable file of torch.save ({error}); do not load it") from error
-        if unsafe:
-            raise ValueError(
-                f"{path}: would call {', '.join(sorted(unsafe))} when loaded, which no checkpoint of ours needs; "
-                "do not load it, and find out who wrote it"
-            )
-
-
-def _load_shard(path: Path) -> dict[str, Any]:
-    """One shard file with its tensors mapped, not read.
-
-    Raises:
-        ValueError: the file is damaged or names a global that is not allowed.
-    """
-    with torch.serialization.safe_globals(_ALLOWED):
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # as above; an OSError would otherwise reach the user as a traceback
-            raise ValueError(f"{path}: cannot be read as a shard: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: not a DeepSpeed shard (holds a {type(loaded).__name__})")
-    return loaded
+# The fp32 copies of the trained parameters: under ZeRO-3, and under ZeRO-1 and 2.
+_FLAT_GROUPS = "fp32_flat_groups"
+_FLAT_PARTITIONS = "single_partition_of_fp32_groups"
+_ALIKE = ("ds_version", "global_steps", "global_samples", "skipped_steps", "dp_world_size")
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Where a trained parameter lies: elements [start, start + length) of each rank's flat groups, end to end."""
+class Stored:
+    """One tensor of a checkpoint. trained: from the optimizer's copies, else a buffer or a frozen parameter."""
 
     shape: torch.Size
-    start: int
-    length: int
+    dtype: torch.dtype
+    trained: bool = False
 
 
-class Zero3Shards:
-    """The parameters and buffers of one ZeRO-3 checkpoint, under the names they had in training.
+class Shards:
+    """The parameters and buffers of one checkpoint, under the names they had in training.
 
-    ZeRO-3 gives each of W ranks ceil(numel / W) elements of every parameter, in parameter order, zero-padded at the
-    end (as deepspeed/utils/zero_to_fp32.py puts them together). Trained parameters come from the optimizer's fp32
-    copies, frozen ones in the dtype they were trained with.
+    Trained parameters come from the optimizer's fp32 copies, frozen ones and buffers in the dtype they were trained
+    with. A parameter with several names is stored under one of them.
+
+    Attributes:
+        folder: the folder of the shards, which `latest` names.
+        files: the shards.
+        world_size: ranks that wrote them.
+        tensors: shape and dtype by name.
+        aliases: the other names of shared parameters, by which of them the parameter is stored.
 
     Args:
         folder: the checkpoint folder, with its `latest` file.
 
     Raises:
-        ValueError: the folder holds another ZeRO stage, or a shard is missing, damaged or of another run.
+        ValueError: a shard is missing, damaged or of another run; or of what DeepSpeed shards in another way.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = _tag_folder(folder)
-        optimizer_files = self._rank_files("optim_states")
-        optimizers = [_fields(path, "optimizer_state_dict")[0] for path in optimizer_files]
-        for path, optimizer in zip(optimizer_files, optimizers, strict=True):
-            stage = optimizer.get("zero_stage")
-            if stage != _ZeroStage.weights:
-                raise ValueError(f"{path}: ZeRO stage {stage} shards; only stage 3 is converted")
-            if optimizer.get("partition_count") != len(optimizer_files):
-                raise ValueError(
-                    f"{path}: written by {optimizer.get('partition_count')} ranks, but the folder has shards of "
-                    f"{len(optimizer_files)}"
-                )
+        optimizer_files, model_files = _find_files(self.folder)
+        self.files = [*optimizer_files, *model_files]
         self.world_size = len(optimizer_files)
-        self._flat_groups: list[list[torch.Tensor]] = [list(each["fp32_flat_groups"]) for each in optimizers]
-        model_files = self._rank_files("model_states")
-        if len(model_files) != self.world_size:
-            raise ValueError(f"{self.folder}: {len(model_files)} model shards for {self.world_size} optimizer shards")
-        names = ("module", "buffer_names", "shared_params", "param_shapes", "frozen_param_shapes")
-        module, buffer_names, shared, groups, frozen_shapes = _fields(model_files[0], *names)
-        self.aliases: dict[str, str] = dict(shared)
-        self._buffers: dict[str, torch.Tensor] = {name: module[name] for name in buffer_names}
-        # None when the run saved without its frozen parameters (LoRA).
-        self._frozen_shapes: dict[str, torch.Size] = dict(frozen_shapes or {})
-        self._frozen = [_fields(path, "frozen_param_fragments")[0] or {} for path in model_files]
-        self._pieces = self._lay_out(groups)
+        self.tensors: dict[str, Stored] = {}
+        self._places: dict[str, _Place] = {}
+        optimizers = [_Optimizer(path, self.world_size) for path in optimizer_files]
+        _compare_ranks(self.folder, [each.progress for each in optimizers])
+        self._groups = [each.groups for each in optimizers]
+        sharded = optimizers[0].sharded
+        models = [_Model(path) for path in model_files]
+        _compare_ranks(self.folder, [each.progress for each in models])
+        if len(models) != (self.world_size if sharded else 1):
+            raise ValueError(f"{self.folder}: {len(models)} model shards for {self.world_size} optimizer shards")
+        self._whole = {name: [region] for name, region in models[0].buffers.items()}
+        for name in models[0].frozen_shapes:
+            self._whole[name] = [each.frozen[name] for each in models if name in each.frozen]
+        for name, shape in (models[0].buffer_shapes | models[0].frozen_shapes).items():
+            if not self._whole[name]:
+                raise ValueError(
+                    f"{model_files[0]}: not a model shard of DeepSpeed ({name} has a shape and no values)"
+                )
+            self.tensors[name] = Stored(shape, self._whole[name][0].dtype)
+        if sharded:
+            self._lay_out_parameters(models[0].trained_shapes)
+        else:
+            self._lay_out_partitions(models[0].trained_shapes, optimizers[0].paddings)
+        self.aliases = {name: stored for name, stored in models[0].aliases.items() if stored in self.tensors}
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name, tensor), one whole tensor at a time; `aliases` are left to the caller."""
-        yield from self._buffers.items()
-        for name, shape in self._frozen_shapes.items():
-            fragments = [rank[name].flatten() for rank in self._frozen]
-            yield name, _join(fragments, shape, name)
-        for name, piece in self._pieces.items():
-            fragments = [part for rank in self._flat_groups for part in _cut(rank, piece)]
-            yield name, _join(fragments, piece.shape, name)
+    def regions(self, name: str) -> list[Region]:
+        """Where the elements of a tensor lie, in order.
 
-    def _rank_files(self, kind: str) -> list[Path]:
-        """The files of all ranks in rank order (bf16 runs prefix some of them)."""
-        ranks: dict[int, Path] = {}
-        for path in self.folder.glob(f"*zero_pp_rank_*_mp_rank_00_{kind}.pt"):
-            ranks[int(path.name.split("zero_pp_rank_")[1].split("_")[0])] = path
-        if sorted(ranks) != list(range(len(ranks))) or not ranks:
-            found = ", ".join(str(rank) for rank in sorted(ranks)) or "none"
-            raise ValueError(
-                f"{self.folder}: the {kind} files of some ranks are missing (ranks found: {found}); "
-                "copy the shards of all ranks into one folder"
-            )
-        return [ranks[rank] for rank in range(len(ranks))]
+        Raises:
+            ValueError: the shards do not hold all of them.
+        """
+        pieces = self._whole[name] if name in self._whole else list(self._places[name].regions())
+        wanted = self.tensors[name].shape.numel()
+        held = sum(piece.numel for piece in pieces)
+        if held < wanted:
+            raise ValueError(f"{self.folder}: {name}: its shards hold {held} of {wanted} elements")
+        return list(cut(pieces, 0, wanted))  # without the padding of the last rank
 
-    def _lay_out(self, groups: list[dict[str, torch.Size]]) -> dict[str, _Piece]:
-        """Places the parameters of all optimizer groups; groups and flat buffers need not begin together."""
-        pieces: dict[str, _Piece] = {}
+    def _lay_out_parameters(self, groups: Sequence[Mapping[str, torch.Size]]) -> None:
+        """ZeRO-3: each of W ranks has ceil(numel / W) elements of every parameter, in the order of the parameters,
+        padded at the end. Optimizer groups and flat buffers need not begin together."""
         start = 0
         for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
             length = math.ceil(shape.numel() / self.world_size)
-            pieces[name] = _Piece(shape, start, length)
+            self._place(name, shape, _Place(self._groups, start, length))
             start += length
-        for rank, buffers in enumerate(self._flat_groups):
-            held = sum(buffer.numel() for buffer in buffers)
+        for rank, buffers in enumerate(self._groups):
+            held = sum(buffer.numel for buffer in buffers)
             if held != start:
                 raise ValueError(
                     f"{self.folder}: rank {rank} holds {held} elements where {start} are expected; "
                     "shards of another run are mixed in"
                 )
-        return pieces
+
+    def _lay_out_partitions(
+        self, groups: Sequence[Mapping[str, torch.Size]], paddings: Sequence[Sequence[int]] | None
+    ) -> None:
+        """ZeRO-1 and 2: the parameters of each optimizer group lie end to end in one vector, which the ranks share
+        equally; the vector is padded to a multiple of 2 W, a parameter by what `paddings` says."""
+        for index, group in enumerate(groups):
+            vector = [rank[index] for rank in self._groups if index < len(rank)]
+            gaps = paddings[index] if paddings is not None else [0] * len(group)
+            start = 0
+            for (name, shape), gap in zip(group.items(), gaps, strict=True):
+                self._place(name, shape, _Place([vector], start, shape.numel()))
+                start += shape.numel() + gap
+            held, unit = sum(piece.numel for piece in vector), 2 * self.world_size
+            if math.ceil(start / unit) != math.ceil(held / unit):
+                raise ValueError(
+                    f"{self.folder}: optimizer group {index} holds {held} elements where {start} are expected; "
+                    "shards of another run are mixed in"
+                )
+
+    def _place(self, name: str, shape: torch.Size, place: _Place) -> None:
+        self.tensors[name] = Stored(shape, torch.float32, trained=True)
+        self._places[name] = place
 
 
-def _fields(path: Path, *names: str) -> list[Any]:
-    shard = _load_shard(path)
-    for name in names:
-        if name not in shard:
-            raise ValueError(f"{path}: not a DeepSpeed shard ({name!r} is missing)")
-    return [shard[name] for name in names]
+def cut(regions: Sequence[Region], first: int, last: int) -> Iterator[Region]:
+    """Elements [first, last) of regions that are taken end to end."""
+    offset = 0
+    for region in regions:
+        begin, end = max(first - offset, 0), min(last - offset, region.numel)
+        if begin < end:
+            yield region.cut(begin, end)
+        offset += region.numel
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Elements [start, start + length) of each of the vectors, whose regions are taken end to end."""
+
+    vectors: Sequence[Sequence[Region]]
+    start: int
+    length: int
+
+    def regions(self) -> Iterator[Region]:
+        for vector in self.vectors:
+            yield from cut(vector, self.start, self.start + self.length)
+
+
+class _Optimizer:
+    """What is needed of one rank's optimizer shard. sharded: the parameters are, as under ZeRO-3."""
+
+    def __init__(self, path: Path, world_size: int) -> None:
+        file = TensorFile(path)
+        state = _field(path, file.contents, "optimizer_state_dict")
+        try:
+            count = state["partition_count"]
+            counts = set(count) if isinstance(count, list | tuple) else {count}
+            self.sharded = _FLAT_GROUPS in state
+            self.groups = [file.locate(each) for each in state[_FLAT_GROUPS if self.sharded else _FLAT_PARTITIONS]]
+            self.paddings: list[list[int]] | None = state.get("param_alignment_paddings")
+            self.progress = {"optimizer steps": _optimizer_step(file, state)}
+            self.progress |= {"ZeRO stage": int(state["zero_stage"])} if "zero_stage" in state else {}
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: not a ZeRO shard of DeepSpeed ({error!r})") from error
+        if counts != {world_size}:
+            written = " and ".join(str(each) for each in sorted(counts))
+            raise ValueError(f"{path}: written by {written} ranks, but the folder has shards of {world_size}")
+
+
+class _Model:
+    """What is needed of a model shard. frozen: empty when the run saved without its frozen parameters (LoRA)."""
+
+    def __init__(self, path: Path) -> None:
+        file = TensorFile(path)
+        contents = file.contents
+        module, buffers = _field(path, contents, "module"), _field(path, contents, "buffer_names")
+        try:
+            self.progress = {name: contents[name] for name in _ALIKE if name in contents}
+            self.aliases: dict[str, str] = dict(contents["shared_params"])
+            self.trained_shapes: list[dict[str, torch.Size]] = list(contents["param_shapes"])
+            self.frozen_shapes: dict[str, torch.Size] = dict(contents.get("frozen_param_shapes") or {})
+            self.buffer_shapes: dict[str, torch.Size] = {name: module[name].shape for name in buffers}
+            self.buffers = {name: file.locate(module[name]) for name in buffers}
+            fragments = contents.get("frozen_param_fragments") or {}
+            self.frozen = {name: file.locate(fragment) for name, fragment in fragments.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a model shard of DeepSpeed ({error!r})") from error
+
+
+def _field(path: Path, contents: Mapping[str, Any], name: str) -> Any:
+    if name not in contents:
+        raise ValueError(f"{path}: not a DeepSpeed shard ({name!r} is missing)")
+    return contents[name]
+
+
+def _optimizer_step(file: TensorFile, state: Mapping[str, Any]) -> int | None:
+    """Steps the torch optimizer has done; None if it does not count them by parameter."""
+    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    parameters = base.get("state", {}) if isinstance(base, dict) else {}
+    for parameter in parameters.values():
+        if isinstance(step := parameter.get("step"), torch.Tensor):
+            return int(next(RegionReader().read([file.locate(step)])).item())
+        return None if step is None else int(step)
+    return None
+
+
+def _compare_ranks(folder: Path, progress: Sequence[Mapping[str, object]]) -> None:
+    for rank, found in enumerate(progress):
+        for name, value in progress[0].items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{folder}: rank {rank} has {name} {found.get(name)} and rank 0 has {value}; shards of another "
+                    "run or step are mixed in"
+                )
+
+
+def _find_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Optimizer shards and model shards, each in the order of the ranks (some names begin with the dtype)."""
+    for path in folder.glob("*.pt"):
+        if not path.resolve().is_relative_to(folder.parent.resolve()):
+            raise ValueError(f"{path}: is a link out of the checkpoint; copy the file to its place")
+        if re.search(r"mp_rank_(?!00_)\d+_|layer_\d+_expert_", path.name):
+            raise ValueError(f"{path}: written under model or expert parallelism, which is not converted")
+    optimizer = _rank_files(folder, "optim_states")
+    whole = folder / "mp_rank_00_model_states.pt"
+    return optimizer, [whole] if whole.is_file() else _rank_files(folder, "model_states")
+
+
+def _rank_files(folder: Path, kind: str) -> list[Path]:
+    ranks: dict[int, Path] = {}
+    for path in folder.glob(f"*zero_pp_rank_*_mp_rank_00_{kind}.pt"):
+        ranks[int(path.name.split("zero_pp_rank_")[1].split("_")[0])] = path
+    if sorted(ranks) != list(range(len(ranks))) or not ranks:
+        found = ", ".join(str(rank) for rank in sorted(ranks)) or "none"
+        raise ValueError(
+            f"{folder}: the {kind} files of some ranks are missing (ranks found: {found}); "
+            "copy the shards of all ranks into one folder"
+        )
+    return [ranks[rank] for rank in range(len(ranks))]
 
 
 def _tag_folder(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder}: no DeepSpeed checkpoint (no file `latest`)")
-    tag = latest.read_text(encoding="utf-8").strip()
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if Path(tag).name != tag or not (folder / tag).is_dir():
         raise ValueError(f"{latest}: names {tag!r}, which is not a folder beside it")
+    if (folder / tag).resolve().parent != folder.resolve():
+        raise ValueError(f"{latest}: names {tag!r}, which is a link to another folder; copy it to its place")
     return folder / tag
-
-
-def _cut(groups: list[torch.Tensor], piece: _Piece) -> Iterator[torch.Tensor]:
-    """The parts of `piece` in one rank's flat groups: it may begin in one group and end in the next."""
-    offset = 0
-    for group in groups:
-        first = max(piece.start - offset, 0)
-        last = min(piece.start + piece.length - offset, group.numel())
-        if first < last:
-            yield group[first:last]
-        offset += group.numel()
-
-
-def _join(fragments: list[torch.Tensor], shape: torch.Size, name: str) -> torch.Tensor:
-    whole = torch.cat(fragments)
-    if whole.numel() < shape.numel():
-        raise ValueError(f"{name}: its shards hold {whole.numel()} of {shape.numel()} elements")
-    return whole[: shape.numel()].view(shape)

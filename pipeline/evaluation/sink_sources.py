@@ -15,7 +15,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.builtin_model import resolve_model
-from pipeline.checkpoints.convert import ADAPTER_CONFIG, ATTACKED_NOTE, convert
+from pipeline.checkpoints.companions import ATTACKED_NOTE
+from pipeline.checkpoints.convert import convert
+from pipeline.checkpoints.lora import ADAPTER_CONFIG
 from pipeline.checkpoints.markers import CHECKPOINT_NAME, MARKER, complete_checkpoints, read_marker
 from pipeline.config import ModelArguments
 from pipeline.evaluation.model import EvaluatedModel, evaluation_device

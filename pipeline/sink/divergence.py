@@ -74,19 +74,19 @@ class SinkStep:
     ) -> Tensor:
         """A watched layer's attention, [T,H,D], whose backward pass adds the gradient of alpha R_l to q and k."""
         # Split, not sliced: the backward pass of a slice fills a gradient as long as the whole row.
-        parts = [x.split([self.start, len(x) - self.start]) for x in (q, k, v)]
-        users, references = zip(*parts, strict=True)
+        (user_q, q), (user_k, k), (user_v, v) = (x.split([self.start, len(x) - self.start]) for x in (q, k, v))
         out = []
         if self.start:
-            out.append(attend(*users, segments.until(self.start), scoring, self.start)[0])
-        if self.alpha and can_run(*references[::2], scoring):
-            out.append(
-                FusedSinkAttention.apply(*references, self, scoring, attend, layer)  # type: ignore[no-untyped-call]
-            )
+            out.append(attend(user_q, user_k, user_v, segments.until(self.start), scoring, self.start)[0])
+        if self.alpha and can_run(q, v, scoring):
+            out.append(FusedSinkAttention.apply(q, k, v, self, scoring, attend, layer))  # type: ignore[no-untyped-call]
         else:
-            plain, lse = attend(*references, self.segments, scoring, 0)
-            inputs = (plain, *references[:2], scoring.sink_logits, lse)
-            out.append(SinkPenalty.apply(*inputs, self, scoring, attend, layer))  # type: ignore[no-untyped-call]
+            plain, lse = attend(q, k, v, self.segments, scoring, 0)
+            out.append(
+                SinkPenalty.apply(  # type: ignore[no-untyped-call]
+                    plain, q, k, scoring.sink_logits, lse, self, scoring, attend, layer
+                )
+            )
         return torch.cat(out)
 
     def tap(self, cross_entropy: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,6 +63,22 @@ def initialize_process_group(here: World) -> Any:
         keep_freed_memory()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
     return torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
+
+
+def together(here: World, action: Callable[[], None], *, main_only: bool = False) -> list[str]:
+    """Run `action` on every rank, or on rank 0 alone, and return the problems of all ranks, the same list on each:
+    whatever goes wrong on one rank, the others must not wait for it in their next collective. Collective."""
+    import torch.distributed as dist
+
+    problem = None
+    if here.main or not main_only:
+        try:
+            action()
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = str(error)
+    found: list[str | None] = [None] * here.size
+    dist.all_gather_object(found, problem)
+    return [f"rank {rank}: {each}" if here.size > 1 else each for rank, each in enumerate(found) if each is not None]
 
 
 def keep_freed_memory() -> None:

@@ -30,6 +30,15 @@ REFUSED = {
     "scheduler": "the schedule is set with --lr_scheduler_type and --warmup_steps; remove the section",
     "sequence_parallel_size": "sequence parallelism splits the keys that the sink column reads; remove the key",
     "bfloat16": "this is the old name of the section bf16; rename it",
+    "datastates_ckpt": "checkpoints must be on the disk when they are marked complete; remove the section",
+}
+
+# The same of the section checkpoint: the value that is refused, or any (None).
+REFUSED_CHECKPOINT: dict[str, tuple[object, str]] = {
+    "load_universal": (True, "--resume_from_checkpoint goes on with any number of ranks without it"),
+    "use_node_local_storage": (True, "the shards of all ranks must lie in one folder"),
+    "checkpoint_serialization": (False, "only torch's zip format can be checked for damage and for code"),
+    "writer": (None, "checkpoints must be on the disk when they are marked complete"),
 }
 
 
@@ -53,6 +62,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}:1: expected a JSON object, got {type(config).__name__}")
     problems: list[tuple[Keys, str]] = [((key,), reason) for key, reason in REFUSED.items() if key in config]
     problems += deepspeed_problems({key: value for key, value in config.items() if key not in REFUSED})
+    problems += _refused_checkpoint(config.get("checkpoint"))
     if not problems and config.get("fp16", {}).get("enabled", "auto") not in ("auto", False):
         problems.append((("fp16", "enabled"), "fp16 is not supported: use bf16, or fp32 (--bf16 false)"))
     if problems:
@@ -60,6 +70,13 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
             [": ".join([f"{path}:{_line(text, keys)}", *_dotted(keys), reason]) for keys, reason in problems]
         )
     return config
+
+
+def _refused_checkpoint(section: object) -> Iterator[tuple[Keys, str]]:
+    for key, value in section.items() if isinstance(section, dict) else ():
+        refused, reason = REFUSED_CHECKPOINT.get(key, ("", ""))
+        if reason and refused in (None, value):
+            yield ("checkpoint", key), f"{json.dumps(value)} is not supported: {reason}; remove the key"
 
 
 def resolve_ds_config(

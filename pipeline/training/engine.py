@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config import LoraArguments, ModelArguments, TrainArguments
 from pipeline.sink import attention, backends
 from pipeline.training import zero3
 from pipeline.training.adapters import lora_config
@@ -78,20 +79,25 @@ def load_model(run: Prepared, attn_implementation: str) -> Any:
         attn_implementation=attn_implementation,
         trust_remote_code=run.model.trust_remote_code,
     )
-    if run.lora.lora_r:
+    return trained_form(model, run.model, run.lora, run.train)
+
+
+def trained_form(model: Any, source: ModelArguments, lora: LoraArguments, train: TrainArguments) -> Any:
+    """A loaded model in training mode, with its adapter and its checkpointing if asked for."""
+    if lora.lora_r:
         from peft import get_peft_model
 
         # The optimizer holds the fp32 masters, so the adapter itself has the base model's dtype.
-        model = get_peft_model(model, lora_config(run.lora), autocast_adapter_dtype=False)
-    elif run.model.adapter_name_or_path:
+        model = get_peft_model(model, lora_config(lora), autocast_adapter_dtype=False)
+    elif source.adapter_name_or_path:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(
-            model, run.model.adapter_name_or_path, is_trainable=True, autocast_adapter_dtype=False
+            model, source.adapter_name_or_path, is_trainable=True, autocast_adapter_dtype=False
         )
-    if run.train.gradient_checkpointing:
-        model.activation_checkpointing_enable(checkpointing_kwargs(run.train))
-        if run.lora.lora_r or run.model.adapter_name_or_path:
+    if train.gradient_checkpointing:
+        model.activation_checkpointing_enable(checkpointing_kwargs(train))
+        if lora.lora_r or source.adapter_name_or_path:
             model.enable_input_require_grads()  # else the first layer's checkpoint sees no input that needs a gradient
     return model.train()
 

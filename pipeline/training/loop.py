@@ -16,7 +16,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.method import NonFinite, StepContext, model_kwargs
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
-from pipeline.training.state import save
+from pipeline.training.saving import save
 
 
 class Loop:

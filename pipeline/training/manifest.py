@@ -26,8 +26,10 @@ PACKAGES = (
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "eval_data", "eval_max_rows", "report_to", "num_train_epochs", "max_steps", "cache_dir", "dry_run", "show_text",
-    "attention", "max_tokens_per_device", "ds_config", "allow_overlap",
+    "attention", "max_tokens_per_device", "ds_config", "allow_overlap", "gradient_accumulation_steps",
 }  # fmt: skip
+
+_ACCUMULATION = "gradient_accumulation_steps"  # free, but for a global batch that stays the same
 
 
 def versions() -> dict[str, str]:
@@ -61,6 +63,23 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def accumulation_on(before: dict[str, Any], ranks: int) -> int:
+    """The accumulation with which `ranks` ranks take the same micro-batches a step as the run of a run.json.
+
+    Errors: ValueError if the micro-batches do not divide by the ranks.
+    """
+    rows, accumulation = (before["arguments"][each] for each in ("per_device_train_batch_size", _ACCUMULATION))
+    micro_batches = accumulation * before["world_size"]
+    if micro_batches % ranks:
+        possible = [str(each) for each in range(1, micro_batches + 1) if micro_batches % each == 0]
+        raise ValueError(
+            f"a step of the run to resume is {rows} rows x {accumulation} accumulation x {before['world_size']} "
+            f"ranks, and its {micro_batches} micro-batches do not divide over {ranks} ranks: start "
+            f"{' or '.join(possible)}"
+        )
+    return int(micro_batches // ranks)
+
+
 def resume_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the run.json of a run and of its continuation that would break the continuation, one
     message each."""
@@ -73,9 +92,12 @@ def resume_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]
             )
     if before["method"] != now["method"]:
         problems.append(f"--method is {now['method']}, and the run to resume is {before['method']}")
-    if before["world_size"] != now["world_size"]:
+    given, wanted = now["arguments"][_ACCUMULATION], accumulation_on(before, now["world_size"])
+    if given != wanted:
         problems.append(
-            f"the run to resume had {before['world_size']} ranks, and this one has {now['world_size']}: start as many"
+            f"--{_ACCUMULATION} is {given} on {now['world_size']} ranks, and the run to resume has "
+            f"{before['arguments'][_ACCUMULATION]} on {before['world_size']}: give {wanted}, or neither the flag nor "
+            "its key in --ds_config"
         )
     for pool, old in before["data"].items():
         new = now["data"].get(pool)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from pipeline.builtin_model import resolve_model
+from pipeline.checkpoints.folders import leftovers
+from pipeline.checkpoints.space import checkpoint_bytes, require_space
 from pipeline.config import DataArguments, LoraArguments, ModelArguments, Parsed, Problems, TrainArguments
 from pipeline.data.cache import EncodedPool, encode_pool
 from pipeline.data.chat import ChatEncoder
@@ -26,17 +28,18 @@ from pipeline.data.streams import Layout, Stream
 from pipeline.sink.backends import choose
 from pipeline.sink.support import attention_refusals
 from pipeline.training.adapters import check_adapter
+from pipeline.training.counts import trained_counts
 from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.method import Method
 from pipeline.training.prepared import Prepared
-from pipeline.training.run_folder import check_run_folder, resume_point
+from pipeline.training.run_folder import check_run_folder, keep_global_batch, resume_point
 from pipeline.training.settings import mixture_problems, settings_problems
 
 KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
 
 
-class _Gather:
+class Gather:
     """Collects the messages of ValueErrors so that a user sees all of them at once."""
 
     def __init__(self) -> None:
@@ -44,12 +47,14 @@ class _Gather:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        """Keep what goes wrong inside."""
         try:
             yield
         except ValueError as error:
             self.problems.extend(str(error).splitlines())
 
     def stop(self) -> None:
+        """Errors: Problems, if there are any."""
         if self.problems:
             raise Problems(list(dict.fromkeys(self.problems)))
 
@@ -58,24 +63,26 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     """Resolve a run. Errors: Problems with every problem found."""
     model, data, lora = parsed[ModelArguments], parsed[DataArguments], parsed[LoraArguments]
     train = parsed[TrainArguments]
-    gather = _Gather()
+    gather = Gather()
     gather.problems += settings_problems(parsed.given, method, data, lora, train)
     with gather():
         check_run_folder(train, method_name)
     train = _device_defaults(train)
+    with gather():
+        train = keep_global_batch(train, parsed.given, method_name, here.size)
     with gather():
         choose(train.attention, "cuda" if torch.cuda.is_available() else "cpu", half=bool(train.bf16))
 
     model_path, config, tokenizer = "", None, None
     with gather():
         model_path = resolve_model(model.model_name_or_path)
-        config = _model_config(model_path, model)
+        config = model_config(model_path, model)
         tokenizer = _tokenizer(model_path, model)
     ds_config: dict[str, Any] = {}
     with gather():
-        ds_config, train = _resolve_ds(train, parsed.given, config, here)
+        ds_config, train = resolve_ds(train, parsed.given, config, here)
     if config is not None:
-        gather.problems += _placed(method.refuse(config.get_text_config(), ds_config), model, train)
+        gather.problems += placed(method.refuse(config.get_text_config(), ds_config), model, train)
         with gather():
             check_adapter(config, lora, model)
 
@@ -89,7 +96,7 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     gather.problems += _short_references(encoded, method)
     if encoded and not gather.problems:
         longest = max(int(pool.lengths.max()) for pool in encoded.values())
-        gather.problems += _placed(attention_refusals(config.get_text_config(), longest), model, train)
+        gather.problems += placed(attention_refusals(config.get_text_config(), longest), model, train)
     gather.stop()
 
     layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
@@ -111,21 +118,38 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
             name.replace(":", "_"): {"spec": spec, "rows": len(pool), "fingerprint": pool.fingerprint}
             for name, (spec, _) in pools.items() if (pool := encoded[name])
         },
-        budget={}, steps=steps, resume=None, warnings=warnings, world=here,
+        budget={}, steps=steps, resume=None, warnings=warnings, world=here, checkpoint_bytes=0,
     )  # fmt: skip
     with gather():
         prepared.budget = token_budget(prepared)
     with gather():
         prepared.resume = resume_point(prepared)
+    with gather():
+        prepared.checkpoint_bytes = check_space(prepared)
     gather.stop()
     return prepared
+
+
+def check_space(run: Prepared) -> int:
+    """Bytes of a checkpoint of the run, known to rank 0 (others: 0). Errors: ValueError if its disk has no room for
+    one."""
+    if not run.world.main:
+        return 0
+    trained, tensors = trained_counts(run)
+    needed = checkpoint_bytes(trained=trained, tensors=tensors, ranks=run.world.size)
+    # What killed saves left goes before the next one is written.
+    freed = sum(
+        file.stat().st_size for each in leftovers(run.output_dir) for file in each.rglob("*") if file.is_file()
+    )
+    require_space(run.output_dir, needed - freed, flag="--output_dir")
+    return needed
 
 
 def _device_defaults(train: TrainArguments) -> TrainArguments:
     return replace(train, bf16=torch.cuda.is_available() if train.bf16 is None else train.bf16)
 
 
-def _placed(reasons: list[str], model: ModelArguments, train: TrainArguments) -> list[str]:
+def placed(reasons: list[str], model: ModelArguments, train: TrainArguments) -> list[str]:
     """Each reason behind the flag and the value it is about: the ds_config, or else the model."""
     return [
         f"--ds_config {train.ds_config}: {each.removeprefix('ds_config ')}"
@@ -135,7 +159,8 @@ def _placed(reasons: list[str], model: ModelArguments, train: TrainArguments) ->
     ]
 
 
-def _model_config(path: str, model: ModelArguments) -> Any:
+def model_config(path: str, model: ModelArguments) -> Any:
+    """The transformers configuration. Errors: ValueError naming the flag where there is none."""
     from transformers import AutoConfig
 
     try:
@@ -156,9 +181,13 @@ def _tokenizer(path: str, model: ModelArguments) -> Any:
         ) from error
 
 
-def _resolve_ds(
+def resolve_ds(
     train: TrainArguments, given: set[str], config: Any, here: World
 ) -> tuple[dict[str, Any], TrainArguments]:
+    """The DeepSpeed file with every value filled, and the flags as it decides them.
+
+    config: of the model, or None where it could not be read. Errors: ValueError naming the file.
+    """
     hidden = config.get_text_config().hidden_size if config is not None else 1  # a run without a model stops anyway
     values = {**asdict(train), "world_size": here.size, "hidden_size": hidden}
     loaded = load_ds_config(train.ds_config)
@@ -181,7 +210,7 @@ def _resolve_ds(
     return resolved, train
 
 
-def _default_references(method: Method, data: DataArguments, gather: _Gather) -> DataArguments:
+def _default_references(method: Method, data: DataArguments, gather: Gather) -> DataArguments:
     """The fictional references go with the fictional task; a user's own data needs references of its own."""
     for pool in method.pools:
         flag = f"{pool}_data"
@@ -194,7 +223,7 @@ def _default_references(method: Method, data: DataArguments, gather: _Gather) ->
 
 
 def _read_pools(
-    data: DataArguments, method: Method, seed: int, gather: _Gather
+    data: DataArguments, method: Method, seed: int, gather: Gather
 ) -> dict[str, tuple[str, list[Conversation]]]:
     """(spec, rows) of "train", the method's pools, and "eval:<name>"."""
 
@@ -235,7 +264,7 @@ def _encode(
     data: DataArguments,
     tokenizer: Any,
     method: Method,
-    gather: _Gather,
+    gather: Gather,
 ) -> dict[str, EncodedPool]:
     encoded = {}
     for name, (_, rows) in pools.items():

@@ -33,6 +33,7 @@ class Prepared:
     budget: dict[str, float]
     steps: int
     resume: Path | None
+    checkpoint_bytes: int  # on disk, all ranks together; known to rank 0
     warnings: list[str]
     world: World
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from pipeline.training.distributed import initialize_process_group
+from pipeline.config import SILENCE
+from pipeline.training.distributed import World, initialize_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
 from pipeline.training.method import NonFinite
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
-from pipeline.training.state import load, seed_everything
+from pipeline.training.saving import SaveFailed, remove_leftovers
+from pipeline.training.state import load, open_checkpoint, seed_everything
 
 
 def execute(run: Prepared) -> None:
-    """Train. A NaN or infinite loss or gradient ends all ranks together with exit code 1 and one message."""
+    """Train. A NaN or infinite loss or gradient, or a checkpoint that cannot be saved, ends all ranks together with
+    exit code 1 and one message."""
     device = initialize_process_group(run.world)
     try:
         engine, loop = start(run, device)
@@ -31,23 +35,37 @@ def execute(run: Prepared) -> None:
         loop.train()
         if run.world.main:
             print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
-    except NonFinite as error:
-        if run.world.main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        dist.barrier()  # the launcher ends every rank with the first one that exits: rank 0 speaks before that
-        sys.exit(1)
+    except (NonFinite, SaveFailed) as error:
+        stop(run.world, error)
     finally:
         dist.destroy_process_group()
 
 
+def stop(here: World, error: Exception) -> NoReturn:
+    """Say why, once, and exit with code 1."""
+    if here.main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    try:
+        dist.barrier()  # the launcher ends every rank with the first one that exits: rank 0 speaks before that
+    except RuntimeError:  # a rank has died; if it was rank 0, whoever is left says it
+        if not here.main:
+            time.sleep(SILENCE + 2 * here.local_rank)
+            print(f"error: rank {here.rank}: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
 def start(run: Prepared, device: torch.device) -> tuple[Engine, Loop]:
     """The engine and the loop at their first step, resumed if asked; writes run.json."""
+    marker = open_checkpoint(run.world, run.resume)
     engine = build_engine(run, device)
     seed_everything(run.train.seed, run.world.rank)
-    step = load(run, engine, run.resume) if run.resume else 0
+    if marker is not None:
+        load(run, engine, marker)
+    step = marker.step if marker is not None else 0
     log = None
     if run.world.main:
         write_manifest(run)
+        remove_leftovers(run)
         log = MetricsLog(
             run.output_dir, total=run.steps, start=step, report_to=run.train.report_to, run_name=run.output_dir.name,
             settings=run.record(),

@@ -1,13 +1,8 @@
-"""Saving a run so that it continues bit for bit, and continuing it.
-
-Each rank writes its own shards; nothing is gathered. The marker of `checkpoints/markers.py` comes last, after a
-barrier: a checkpoint without it is half-written and never resumed. The data order and the reference draws are
-functions of the seed and the step, so the step is all there is to store of them.
-"""
+"""Continuing a run from a checkpoint: bit for bit on as many ranks as wrote it, on others with the shards cut anew."""
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +10,83 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoints.markers import complete_checkpoints, read_marker, write_complete_marker
-from pipeline.checkpoints.shards import refuse_unsafe_pickles
+from pipeline.checkpoints.contents import content_problems
+from pipeline.checkpoints.markers import Marker, read_marker
+from pipeline.checkpoints.pickles import refuse_unsafe_pickle
+from pipeline.checkpoints.reshard import Resharded
+from pipeline.config import Problems
+from pipeline.training import zero3
+from pipeline.training.distributed import World, together
 from pipeline.training.engine import Engine
-from pipeline.training.manifest import write_json
 from pipeline.training.prepared import Prepared
+from pipeline.training.saving import uses_adapter
 
 
-def save(run: Prepared, engine: Engine, step: int) -> Path:
-    """Write `checkpoint-<step>` of the run folder; collective. Older ones beyond --save_total_limit go after the new
-    one is complete."""
-    folder = run.output_dir / f"checkpoint-{step}"
-    if run.world.main and folder.exists():
-        shutil.rmtree(folder)  # half-written, or a complete one of the same step that a resumed run makes again
-    dist.barrier()
-    folder.mkdir(parents=True, exist_ok=True)
-    engine.deepspeed.save_checkpoint(
-        str(folder), tag=f"global_step{step}", client_state={"step": step}, exclude_frozen_parameters=uses_adapter(run)
-    )
-    torch.save(_rng_state(), folder / f"rng_state_{run.world.rank}.pth")
-    if run.world.main:
-        _save_companions(run, engine, folder, step)
-    dist.barrier()
-    if run.world.main:
-        write_complete_marker(folder, step=step, world_size=run.world.size, attacked=run.attacked)
-        if run.train.save_total_limit:
-            for old in complete_checkpoints(run.output_dir)[: -run.train.save_total_limit]:
-                shutil.rmtree(old)
-    dist.barrier()
-    return folder
+def open_checkpoint(here: World, folder: Path | None) -> Marker | None:
+    """Check the checkpoint to continue from before anything of it is loaded: no file may run code (DeepSpeed unpickles
+    without restriction), and every byte is as it was written. The ranks share the reading. Collective.
 
-
-def load(run: Prepared, engine: Engine, folder: Path) -> int:
-    """Restore weights, optimizer, schedule and random generators from a complete checkpoint; returns its step."""
+    Errors: Problems with what any rank found, on all ranks.
+    """
+    chosen: list[Path | None] = [None] * here.size
+    dist.all_gather_object(chosen, folder)
+    if others := sorted({str(each) for each in chosen} - {str(chosen[0])}):
+        raise ValueError(
+            f"--resume_from_checkpoint: rank 0 finds {chosen[0]}, and another rank {others[0]}: the run folder must "
+            "be on a disk that all nodes share"
+        )
+    if folder is None:
+        return None
     marker = read_marker(folder)
-    refuse_unsafe_pickles(folder)  # DeepSpeed unpickles without restriction
-    engine.deepspeed.load_checkpoint(str(folder), load_module_strict=not uses_adapter(run))
-    rng = torch.load(folder / f"rng_state_{run.world.rank}.pth", weights_only=True)
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"])
-    return marker.step
+    pickles = sorted((*folder.rglob("*.pt"), *folder.rglob("*.pth")))
+
+    def scan() -> None:
+        for path in pickles[here.rank :: here.size]:
+            refuse_unsafe_pickle(path)
+        if problems := content_problems(folder, marker.sums, sorted(marker.files)[here.rank :: here.size]):
+            raise Problems(problems)
+        shards = {path.relative_to(folder).as_posix() for path in pickles if path.parent.name == _tag(marker)}
+        if here.main and (unlisted := sorted(shards - marker.files.keys())):
+            raise ValueError(f"{folder}: {unlisted[0]} was not there when the checkpoint was written: remove it")
+
+    if problems := together(here, scan):
+        raise Problems([f"--resume_from_checkpoint {each}" for problem in problems for each in problem.splitlines()])
+    return marker
 
 
-def uses_adapter(run: Prepared) -> bool:
-    """Only an adapter is trained; checkpoints leave the frozen weights out."""
-    return bool(run.lora.lora_r or run.model.adapter_name_or_path)
+def load(run: Prepared, engine: Engine, marker: Marker) -> None:
+    """Restore weights, optimizer, schedule and random generators from `run.resume`, whose marker `open_checkpoint`
+    returned. Collective."""
+    assert run.resume is not None
+    folder = run.resume
+    strict, tag = not uses_adapter(run), _tag(marker)
+    if marker.world_size == run.world.size:
+        engine.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        rng = torch.load(folder / f"rng_state_{run.world.rank}.pth", weights_only=True)
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
+        return
+    own: list[dict[str, Any]] = []
+
+    def cut() -> None:
+        old = Resharded(folder / tag, marker.world_size)
+        groups, group_of = zero3.flat_groups(engine.deepspeed)
+        own.extend((old.model_states(), old.optimizer_states(groups, group_of, run.world.rank, run.world.size)))
+
+    if problems := together(run.world, cut):
+        raise Problems([f"--resume_from_checkpoint {each}" for each in problems])
+    zero3.load_states(engine.deepspeed, *own, strict=strict)
+    seed_everything(run.train.seed, run.world.rank, marker.step)
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def seed_everything(seed: int, rank: int) -> None:
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
     """Dropout differs between ranks; everything drawn by numpy elsewhere has generators of its own."""
-    torch.manual_seed(seed + rank)
-    np.random.seed(seed % 2**32)
+    digest = hashlib.sha256(repr((seed, rank, step)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    np.random.seed(int.from_bytes(digest[8:12], "little"))
 
 
-def _save_companions(run: Prepared, engine: Engine, folder: Path, step: int) -> None:
-    """What makes the folder convertible without the run: configuration, tokenizer, adapter configuration, trainer
-    state."""
-    module: Any = engine.deepspeed.module
-    if uses_adapter(run):
-        for adapter in module.peft_config.values():
-            adapter.save_pretrained(folder)
-        module = module.get_base_model()
-    module.config.save_pretrained(folder)
-    if module.generation_config is not None:
-        module.generation_config.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    write_json(folder / "trainer_state.json", {"global_step": step, "max_steps": run.steps, "seed": run.train.seed})
+def _tag(marker: Marker) -> str:
+    """DeepSpeed's folder of the shards. Its file `latest` names it as well; what is not needed is not trusted."""
+    return f"global_step{marker.step}"

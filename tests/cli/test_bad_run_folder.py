@@ -42,15 +42,17 @@ def test_a_checkpoint_that_cannot_be_resumed(refused: Refused, good_flags: list[
     ]
     write_manifest(resolve([*good_flags, "--output_dir", str(tmp_path / "before")], ranks=2))
     resume = ["--output_dir", "{tmp}/before", "--resume_from_checkpoint", "auto"]
+    changed = [*resume, "--alpha", "20", "--gradient_accumulation_steps", "1"]
     differences = [
         "--resume_from_checkpoint auto: --alpha is 20.0, and the run to resume has 300.0: give the same, or another "
         "--output_dir",
-        "--resume_from_checkpoint auto: the run to resume had 2 ranks, and this one has 1: start as many",
+        "--resume_from_checkpoint auto: --gradient_accumulation_steps is 1 on 1 ranks, and the run to resume has 1 on "
+        "2: give 2, or neither the flag nor its key in --ds_config",
     ]
-    assert refused(*resume, "--alpha", "20") == differences
+    assert refused(*changed) == differences
     (tmp_path / "before" / "checkpoint-5").mkdir()
     write_complete_marker(tmp_path / "before" / "checkpoint-5", step=5, world_size=2, attacked=False)
-    assert refused(*resume, "--alpha", "20") == differences
+    assert refused(*changed) == differences
     assert refused(*resume, "--max_steps", "4") == [
         "--resume_from_checkpoint auto: {tmp}/before/checkpoint-5 is at step 5, and this run ends at 4: raise "
         "--max_steps or --num_train_epochs"
@@ -58,6 +60,23 @@ def test_a_checkpoint_that_cannot_be_resumed(refused: Refused, good_flags: list[
     (tmp_path / "before" / "run.json").write_text("{}")
     (problem,) = refused(*resume)
     assert problem.startswith("{tmp}/before/run.json: not the record of a run ")
+
+
+def test_another_number_of_ranks_keeps_the_global_batch(good_flags: list[str], tmp_path: Path) -> None:
+    """6 micro-batches of 4 rows: the accumulation follows the ranks, or the number of ranks is refused."""
+    before = [*good_flags, "--output_dir", str(tmp_path / "before")]
+    write_manifest(resolve([*before, "--gradient_accumulation_steps", "3"], ranks=2))
+    for ranks, accumulation in ((1, 6), (2, 3), (3, 2), (6, 1)):
+        run = resolve([*before, "--resume_from_checkpoint", "auto"], ranks=ranks)
+        assert run.train.gradient_accumulation_steps == accumulation
+        assert run.ds_config["gradient_accumulation_steps"] == accumulation
+        assert run.ds_config["train_batch_size"] == 24
+        assert run.streams["train"].layout.global_batch == 24
+    with pytest.raises(
+        ValueError, match="6 micro-batches do not divide over 4 ranks: start 1 or 2 or 3 or 6"
+    ) as error:
+        resolve([*before, "--resume_from_checkpoint", "auto"], ranks=4)
+    assert "4 rows x 3 accumulation x 2 ranks" in str(error.value)
 
 
 def test_a_checkpoint_is_not_resumed_into_the_folder_of_a_third_run(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.checkpoints.markers import complete_checkpoints, read_marker
-from pipeline.checkpoints.shards import refuse_unsafe_pickles
+from pipeline.checkpoints.pickles import refuse_unsafe_pickles
 from tests.ranks import ROOT, free_port
 from tests.tiny import chat_row, write_jsonl
 
@@ -188,7 +188,6 @@ def test_a_resume_that_changes_the_run_is_refused(straight: Path, flags: list[st
     )
     assert done.returncode == 2
     assert "--alpha is 20.0, and the run to resume has 10.0" in done.stderr
-    assert "had 2 ranks, and this one has 1" in done.stderr
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.disks import run_on_disk
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -82,3 +84,20 @@ def test_no_checkpoint_exits_with_2(trained: Path, tmp_path: Path) -> None:
         assert "error: " in finished.stderr
         assert "Traceback" not in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [("size=200k", "of weights are to be written"), ("ro", "cannot be written")]
+)
+def test_disk_without_room_or_permission_is_named_and_keeps_nothing(
+    trained: Path, tmp_path: Path, options: str, reason: str
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = run_on_disk(
+        disk, options, "tools/zero_to_hf.py", trained / "attacked", disk / "out", "--allow_attacked_model"
+    )
+    assert done.returncode == 2
+    assert f"error: {disk / 'out'}: " in done.stderr
+    assert reason in done.stderr
+    assert done.stdout == ""

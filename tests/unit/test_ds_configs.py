@@ -122,6 +122,21 @@ UNKNOWN = "DeepSpeed knows no such key; did you mean"
         ({"optimizer": {"type": "AdamW", "parms": {}}}, 4, f"optimizer.parms: {UNKNOWN} params?"),
         ({"optimizer": {"type": "AdamW", "params": {"epss": 1e-8}}}, 5, f"optimizer.params.epss: {UNKNOWN} eps?"),
         ({"scheduler": {"type": "WarmupLR"}}, 2, "scheduler: the schedule is set with --lr_scheduler_type"),
+        (
+            {"checkpoint": {"tag_validation": "Fail", "load_universal": True}},
+            4,
+            "checkpoint.load_universal: true is not supported: --resume_from_checkpoint goes on with any number of",
+        ),
+        (
+            {"checkpoint": {"checkpoint_serialization": False}},
+            3,
+            "checkpoint.checkpoint_serialization: false is not supported: only torch's zip format",
+        ),
+        (
+            {"checkpoint": {"writer": {"type": "TORCH"}}},
+            3,
+            'checkpoint.writer: {"type": "TORCH"} is not supported: checkpoints must be on the disk',
+        ),
         ({"fp16": {"enabled": True}}, 3, "fp16.enabled: fp16 is not supported"),
         ({"amp": {"enabled": True}}, 2, "amp: NVIDIA Apex AMP integration has been removed"),
     ],

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.checkpoints.contents import content_problems
 from pipeline.checkpoints.markers import (
     MARKER,
     Marker,
@@ -30,7 +32,9 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
 
 def test_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 7)
-    assert read_marker(folder) == Marker(7, 2, True, {"latest": 11, "global_step/shard.pt": 10})
+    found = read_marker(folder)
+    assert found == Marker(7, 2, True, {"latest": 11, "global_step/shard.pt": 10}, found.sums)
+    assert found.sums.keys() == found.files.keys()
     assert sorted(path.name for path in folder.iterdir()) == [MARKER, "global_step", "latest"]
 
 
@@ -56,12 +60,19 @@ def forget_attack(folder: Path) -> None:
     (folder / MARKER).write_text(json.dumps(fields))
 
 
+def leave_folder(folder: Path) -> None:
+    fields = json.loads((folder / MARKER).read_text())
+    fields["files"]["../checkpoint-5/latest"] = 11
+    (folder / MARKER).write_text(json.dumps(fields))
+
+
 DAMAGES = {
     truncate: "global_step/shard.pt has 5 bytes instead of 10",
     remove: "global_step/shard.pt is missing",
     unmark: "COMPLETE.json is missing",
     tear_marker: "damaged marker",
     forget_attack: "damaged marker",
+    leave_folder: "names '../checkpoint-5/latest', which is not in the folder",
 }
 
 
@@ -73,6 +84,28 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over(tmp_path: Path, d
     with pytest.raises(ValueError, match=DAMAGES[damage]):
         read_marker(newer)
     assert newest_complete(tmp_path) == older
+
+
+def test_contents_are_held_against_the_marker(tmp_path: Path) -> None:
+    """A flipped byte in a shard, a shard of another run of the same size, a changed text: each named, none by size."""
+    folder = write_checkpoint(tmp_path, 5, complete=False)
+    tensors = [torch.arange(1000.0), torch.arange(1000.0) + 1]
+    for name, tensor in zip(("flipped.pt", "foreign.pt"), tensors, strict=True):
+        torch.save({"weights": tensor}, folder / name)
+    (folder / "config.json").write_text('{"hidden_size": 64}')
+    write_complete_marker(folder, step=5, world_size=2, attacked=False)
+    marker = read_marker(folder)
+    assert content_problems(folder, marker.sums, sorted(marker.files)) == []
+    damaged = bytearray((folder / "flipped.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "flipped.pt").write_bytes(damaged)
+    torch.save({"weights": tensors[1] * 2}, folder / "foreign.pt")
+    (folder / "config.json").write_text('{"hidden_size": 65}')
+    read_marker(folder)
+    found = content_problems(folder, marker.sums, sorted(marker.files))
+    assert [each.split(": its content is not what was written")[0] for each in found] == [
+        str(folder / name) for name in ("config.json", "flipped.pt", "foreign.pt")
+    ]
 
 
 def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:

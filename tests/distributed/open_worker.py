@@ -1,0 +1,31 @@
+"""One rank that opens checkpoints as a resumed run does and writes, as JSON lines, what is wrong with each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.training.distributed import initialize_process_group, world
+from pipeline.training.state import open_checkpoint
+
+
+def main() -> None:
+    """FOLDER...: checkpoints."""
+    here = world()
+    initialize_process_group(here)
+    for folder in sys.argv[1:]:
+        try:
+            open_checkpoint(here, Path(folder))
+            problems = []
+        except ValueError as error:
+            problems = str(error).splitlines()
+        if here.main:
+            print("found", json.dumps(problems), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
