@@ -27,7 +27,7 @@ def run_on_disk(folder: Path, options: str, *command: str | Path) -> subprocess.
             env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=120, check=False,
         )  # fmt: skip
     except FileNotFoundError:
-        pytest.skip("util-linux's unshare is not installed")
+        pytest.skip("needs util-linux's unshare, to give the test a small disk of its own: install util-linux")
     if done.returncode == 99 or done.stderr.startswith("unshare:"):
-        pytest.skip(f"this machine allows no mount namespace: {done.stderr.strip()}")
+        pytest.skip(f"needs the right to mount a small disk in a namespace of its own: {done.stderr.strip()}")
     return done

@@ -76,7 +76,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"mount: {done.stderr.strip()}")
+        pytest.skip(f"needs the right to mount a small disk (run as root): {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

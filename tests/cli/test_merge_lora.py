@@ -17,13 +17,9 @@ from pipeline.checkpoints.companions import ATTACKED_NOTE
 from pipeline.checkpoints.merge import merge as merge_folders
 from tests import tiny
 from tests.disks import run_on_disk
+from tests.doors import run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
 
 
 def merge(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.checkpoints.convert import convert
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+from tests.doors import run
 
 
 def verify_checkpoint(*words: str | Path) -> subprocess.CompletedProcess[str]:

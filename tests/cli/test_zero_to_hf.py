@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.disks import run_on_disk
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+from tests.doors import run
 
 
 def convert(*words: str | Path) -> subprocess.CompletedProcess[str]:
