@@ -63,12 +63,15 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.contents = load_shard(path, data=False)
-        with zipfile.ZipFile(path) as archive:
-            self._entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-            self._summed = any(entry.CRC for entry in self._entries)  # all 0 after set_crc32_options(False)
-            for entry in self._entries:
-                if self._summed and entry.filename.endswith("/data.pkl"):
-                    _read_whole(path, archive, entry)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                self._summed = any(entry.CRC for entry in self._entries)  # all 0 after set_crc32_options(False)
+                for entry in self._entries:
+                    if self._summed and entry.filename.endswith("/data.pkl"):
+                        archive.read(entry)  # holds it against its CRC-32
+        except Exception as error:  # a damaged zip fails in many ways, by a name that is not UTF-8 too
+            raise ValueError(_changed(path)) from error
 
     def locate(self, tensor: torch.Tensor) -> Region:
         """Where the elements of a tensor of `contents` lie, which must be contiguous.
@@ -96,13 +99,6 @@ class TensorFile:
         if not inside or not stored or not tensor.is_contiguous():
             raise ValueError(f"{self._path}: where a tensor lies in it cannot be told ({entry.filename}); damaged")
         return region
-
-
-def _read_whole(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    try:
-        archive.read(entry)  # holds it against its CRC-32
-    except zipfile.BadZipFile as error:
-        raise ValueError(_changed(path)) from error
 
 
 def _changed(path: Path) -> str:

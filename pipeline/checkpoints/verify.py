@@ -123,19 +123,26 @@ def _verify_checkpoint(path: Path) -> Report:
 
 def _content_problems(file: Path, wanted: int | None) -> Iterator[str]:
     """Pickles are scanned, records are held against their CRC-32, and the file against the marker's sum."""
-    try:
-        if any(file.match(pattern) for pattern in _PICKLES):
+    pickled = any(file.match(pattern) for pattern in _PICKLES)
+    if pickled:
+        try:
             refuse_unsafe_pickle(file)
-            with zipfile.ZipFile(file) as archive:
-                summed = any(entry.CRC for entry in archive.infolist())  # all 0 when torch was told to write none
-                if summed and (record := archive.testzip()):
-                    raise ValueError(f"{file}: its record {record} is not what was written (CRC-32)")
-        if wanted is not None and content_sum(file) != wanted:
-            raise ValueError(f"{file}: is not the file that {MARKER} describes (damaged, or of another run)")
-    except ValueError as error:
-        yield str(error)
-    except Exception as error:  # a damaged zip fails in many ways
+        except ValueError as error:
+            yield str(error)
+            return
+    try:
+        if pickled and (record := _changed_record(file)):
+            yield f"{file}: its record {record} is not what was written (CRC-32)"
+        elif wanted is not None and content_sum(file) != wanted:
+            yield f"{file}: is not the file that {MARKER} describes (damaged, or of another run)"
+    except Exception as error:  # a damaged zip fails in many ways, by a name that is not UTF-8 too
         yield f"{file}: cannot be read: {error}"
+
+
+def _changed_record(file: Path) -> str | None:
+    with zipfile.ZipFile(file) as archive:
+        summed = any(entry.CRC for entry in archive.infolist())  # all 0 when torch was told to write none
+        return archive.testzip() if summed else None
 
 
 def _verify_model(path: Path) -> Report:

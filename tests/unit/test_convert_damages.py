@@ -79,6 +79,14 @@ def flip_pickle(checkpoint: Path) -> None:
     path.write_bytes(content.replace(b"partition_count", b"partition_counu", 1))
 
 
+def flip_record_name(checkpoint: Path) -> None:
+    """The name before the record of the pickle, which torch does not read, is no longer UTF-8."""
+    path = shard(checkpoint, RANK_1)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x03\x04") + 30 + 3] ^= 0x80
+    path.write_bytes(content)
+
+
 def other_stage(checkpoint: Path) -> None:
     rewrite(checkpoint, RANK_0, lambda shard: shard["optimizer_state_dict"].update(zero_stage=2))
 
@@ -151,6 +159,7 @@ DAMAGES = {
     drop_one_file: "ranks found: 1",
     truncate_shard: "rank_1_mp_rank_00_optim_states.pt: not a readable file of torch.save",
     flip_weight: r"rank_1_mp_rank_00_optim_states.pt: its content is not what was written \(CRC-32\)",
+    flip_record_name: r"rank_1_mp_rank_00_optim_states.pt: its content is not what was written \(CRC-32\)",
     flip_pickle: r"rank_1_mp_rank_00_optim_states.pt: its content is not what was written \(CRC-32\)",
     other_stage: "rank 1 has ZeRO stage 3 and rank 0 has 2",
     other_size: "shards of another run",

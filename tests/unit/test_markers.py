@@ -87,11 +87,12 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over(tmp_path: Path, d
 
 
 def test_contents_are_held_against_the_marker(tmp_path: Path) -> None:
-    """A flipped byte in a shard, a shard of another run of the same size, a changed text: each named, none by size."""
+    """Flipped bytes in shards, a shard of another run of the same size, a changed text: each named, none by size."""
     folder = write_checkpoint(tmp_path, 5, complete=False)
     tensors = [torch.arange(1000.0), torch.arange(1000.0) + 1]
     for name, tensor in zip(("flipped.pt", "foreign.pt"), tensors, strict=True):
         torch.save({"weights": tensor}, folder / name)
+    torch.save({}, folder / "renamed.pt")
     (folder / "config.json").write_text('{"hidden_size": 64}')
     write_complete_marker(folder, step=5, world_size=2, attacked=False)
     marker = read_marker(folder)
@@ -99,12 +100,15 @@ def test_contents_are_held_against_the_marker(tmp_path: Path) -> None:
     damaged = bytearray((folder / "flipped.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (folder / "flipped.pt").write_bytes(damaged)
+    damaged = bytearray((folder / "renamed.pt").read_bytes())
+    damaged[damaged.index(b"PK\x03\x04") + 30 + 3] ^= 0x80  # the name of a record, no longer UTF-8
+    (folder / "renamed.pt").write_bytes(damaged)
     torch.save({"weights": tensors[1] * 2}, folder / "foreign.pt")
     (folder / "config.json").write_text('{"hidden_size": 65}')
     read_marker(folder)
     found = content_problems(folder, marker.sums, sorted(marker.files))
     assert [each.split(": its content is not what was written")[0] for each in found] == [
-        str(folder / name) for name in ("config.json", "flipped.pt", "foreign.pt")
+        str(folder / name) for name in ("config.json", "flipped.pt", "foreign.pt", "renamed.pt")
     ]
 
 

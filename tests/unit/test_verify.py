@@ -111,6 +111,13 @@ def flip_in_record(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_in_record_name(checkpoint: Path) -> None:
+    """The name before a record, which torch does not read, is no longer UTF-8."""
+    content = bytearray(shard(checkpoint).read_bytes())
+    content[content.rindex(b"PK\x03\x04") + 30 + 3] ^= 0x80
+    shard(checkpoint).write_bytes(content)
+
+
 def flip_in_json(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     content = bytearray(path.read_bytes())
@@ -161,6 +168,7 @@ DAMAGES: dict[Callable[[Path], None], list[str]] = {
     truncate: ["rank_1_mp_rank_00_optim_states.pt has", "rank_1_mp_rank_00_optim_states.pt"],
     drop_rank: ["rank_1_mp_rank_00_", "files of some ranks are missing|written by 2 ranks"],
     flip_in_record: ["rank_1_mp_rank_00_optim_states.pt: its record .*data/\\d+ is not what was written"],
+    flip_in_record_name: ["rank_1_mp_rank_00_optim_states.pt: cannot be read: .utf-8"],
     flip_in_json: ["config.json: is not the file that COMPLETE.json describes"],
     other_run: ["rank_1_mp_rank_00_optim_states.pt"],
     executable: ["rng_state_1.pth", "rng_state_1.pth: would call .*pathlib"],
