@@ -68,8 +68,8 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 found["conversions"].append(_convert(case, checkpoint, Path(folder) / "out", dtype, arguments.repeats))
                 print(_table(found["conversions"][-1:]).splitlines()[-1], flush=True)
+                report.save(found, arguments.output)
     print(f"\n{_table(found['conversions'])}", flush=True)
-    report.save(found, arguments.output)
 
 
 def _cases(arguments: ConvertArguments, scratch: Path) -> Iterator[tuple[dict[str, Any], Path]]:
