@@ -27,6 +27,7 @@ FLOORS = {
     "pipeline.data": 1,
     "pipeline.sink": 1,
     "pipeline.checkpoints": 2,
+    "pipeline.planning": 2,
     "pipeline.doctor": 2,
     "pipeline.report": 2,
     "pipeline.training": 3,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pipeline.config import SILENCE
 from pipeline.training.distributed import World, initialize_process_group
 from pipeline.training.engine import Engine, build_engine
+from pipeline.training.forecast import expectation, forecast, outcome
 from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
 from pipeline.training.method import NonFinite
@@ -29,11 +30,14 @@ def execute(run: Prepared) -> None:
     exit code 1 and one message."""
     device = initialize_process_group(run.world)
     try:
+        expected = forecast(run, device) if run.world.main else None
         engine, loop = start(run, device)
-        if run.world.main:
-            print(summary(run, engine), flush=True)
+        if expected is not None:
+            print(f"{summary(run, engine)}\nmemory     {expectation(expected)}", flush=True)
         loop.train()
-        if run.world.main:
+        if expected is not None and loop.log is not None:
+            if line := outcome(expected, loop.log.last):
+                print(line)
             print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
     except (NonFinite, SaveFailed) as error:
         stop(run.world, error)
