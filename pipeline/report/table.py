@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.report.comparison import Mean, Row, Share
@@ -18,7 +17,7 @@ def write_table(rows: Sequence[Row], output_dir: Path) -> str:
     notes = footnotes(rows)
     text = "\n".join([*markdown(rows), "", *(f"- {note}" for note in notes), ""])
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}, indent=1) + "\n"
+    content = json.dumps({"rows": [row.record() for row in rows], "notes": notes}, indent=1) + "\n"
     for name, written in (("table.md", text), ("table.json", content)):
         write_bytes(output_dir / name, written.encode())
     return text
@@ -45,7 +44,7 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     """What the numbers are, and how well each control was matched."""
     shares = [each for row in rows for each in row.shares.items()]
     counts = dict.fromkeys(f"{name.replace('_', ' ')} n={share.n}" for name, share in shares)
-    seeds = max(len(row.sources["assess"]) for row in rows)
+    seeds = max(len(row.folders["assess"]) for row in rows)
     notes = [f"In brackets: 95 % Wilson intervals over held-out requests ({', '.join(counts)})."]
     if seeds > 1:
         notes.append(
