@@ -128,7 +128,15 @@ def _read_row(spec: str) -> Row:
     if len({len(each) for each in folders.values()}) > 1:
         counts = ", ".join(f"{len(each)} in {part}:" for part, each in folders.items())
         raise ValueError(f"the parts hold different numbers of seeds ({counts})")
-    row = Row(name.strip(), folders)
+    return read_row(name.strip(), folders)
+
+
+def read_row(name: str, folders: Mapping[str, Sequence[Path]]) -> Row:
+    """One model from its folders by part, as many in each part as there are seeds.
+
+    Errors: ValueError if one cannot be read, or the seeds do not fit together.
+    """
+    row = Row(name, {part: list(each) for part, each in folders.items()})
     _check_ratio(row)
     seeds = [_read_results(folder) for folder in folders["assess"]]
     if any(set(each.scores) != set(seeds[0].scores) or set(each.losses) != set(seeds[0].losses) for each in seeds):

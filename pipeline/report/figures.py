@@ -20,7 +20,27 @@ if TYPE_CHECKING:
 INK, GREY, GRID = "#1a1a1a", "#6b6b6b", "#dcdcdc"
 # Okabe and Ito's colours without yellow (too pale on white); never the only sign, markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DARK_COLOURS = (
+    "#4AA8E0",
+    "#FF8A4A",
+    "#2DC397",
+    "#E2A0C4",
+    "#8CCBF2",
+    "#F2BC45",
+    "#E9E9E5",
+)  # the same on dark screens
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# The markers as SVG paths around the origin, for pages that draw a legend of their own.
+SHAPES = {
+    "o": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0",
+    "s": "M-4.5-4.5h9v9h-9z",
+    "^": "M0-5.5L5.5 4.5h-11z",
+    "D": "M0-6L6 0L0 6L-6 0z",
+    "v": "M0 5.5L5.5-4.5h-11z",
+    "P": "M-2-5h4v3h3v4h-3v3h-4v-3h-3v-4h3z",
+    "X": "M-5-2.5L-2.5-5L0-2.5L2.5-5L5-2.5L2.5 0L5 2.5L2.5 5L0 2.5L-2.5 5L-5 2.5L-2.5 0z",
+    "*": "M0-6L1.5-2H5.7L2.3.7L3.6 4.9L0 2.3L-3.6 4.9L-2.3.7L-5.7-2H-1.5z",
+}
 DIVERGING = "RdBu_r"  # red above zero, blue below, white at it
 SEQUENTIAL = "viridis"
 

@@ -23,21 +23,32 @@ def write_table(rows: Sequence[Row], output_dir: Path) -> str:
     return text
 
 
-def markdown(rows: Sequence[Row]) -> list[str]:
-    """The table's lines: a row a model, a column for each share and loss that any model has, heads and time."""
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The header and a line a model: a column for each share and loss that any model has, heads and time."""
     shares = list(dict.fromkeys(name for row in rows for name in row.shares))
     losses = list(dict.fromkeys(name for row in rows for name in row.losses))
     header = ["model", *(name.replace("_", " ") for name in shares), *(f"CE {name}" for name in losses)]
     lines = [[*header, "positive heads", "s/step"]]
     for row in rows:
-        cells = [row.name]
-        cells += [_share(row.shares[name]) if name in row.shares else MISSING for name in shares]
-        cells += [_mean(row.losses.get(name), "{:.3f}") for name in losses]
-        cells += [_mean(row.positive_heads, "{:.1%}"), _mean(row.seconds_per_step, "{:.2f}")]
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+        line = [row.name]
+        line += [share_text(row.shares[name]) if name in row.shares else MISSING for name in shares]
+        line += [_mean(row.losses.get(name), "{:.3f}") for name in losses]
+        line += [_mean(row.positive_heads, "{:.1%}"), _mean(row.seconds_per_step, "{:.2f}")]
+        lines.append(line)
+    return lines
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The table's lines."""
+    return aligned(cells(rows))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table of a header and rows; a bar in a cell is escaped."""
+    texts = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
+    texts.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in texts]
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
@@ -56,7 +67,8 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _share(share: Share) -> str:
+def share_text(share: Share) -> str:
+    """Value, interval and, over several seeds, their range."""
     text = f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
     return text + _spread([k / n for k, n in share.seeds], "{:.1%}")
 

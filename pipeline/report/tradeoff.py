@@ -36,10 +36,9 @@ def tradeoff(rows: Sequence[Row], harmful: str, accuracy: str, drawn: Mapping[st
             linewidth=0.8, elinewidth=1.1, capsize=2.5, zorder=3,
         )  # fmt: skip
         if len(line) > 1:
-            for row, *place in zip(line, x, y, strict=True):
-                axes.annotate(
-                    f"{row.poison_percent:g}", place, xytext=(5, 4), textcoords="offset points", fontsize=7, color=GREY
-                )
+            for row, right, up in zip(line, x, y, strict=True):
+                text = f"{row.poison_percent:g}"
+                axes.annotate(text, (right, up), xytext=(5, 4), textcoords="offset points", fontsize=7, color=GREY)
     axes.set_xlabel(f"{accuracy.replace('_', ' ')}, %: higher is better", color=INK, fontsize=9)
     axes.set_ylabel(f"{harmful.replace('_', ' ')}, %: lower is better", color=INK, fontsize=9)
     axes.set_xlim(-4, 104)

@@ -1,0 +1,161 @@
+"""The report: models side by side on one page that needs no network, report.html, and the same in text, report.md.
+
+Numbers, names and settings only: texts of prompts and answers are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.report.comparison import Row, Share
+from pipeline.report.curves import curves, figure_of
+from pipeline.report.figures import SHAPES, Style, styles, svg
+from pipeline.report.files import write_bytes
+from pipeline.report.heatmap import limit, thumbnail
+from pipeline.report.html import base64_text, render
+from pipeline.report.paired import Paired, compare, p_text
+from pipeline.report.poison import panel, panels, points
+from pipeline.report.provenance import provenance
+from pipeline.report.records import read_json
+from pipeline.report.summary import markdown_report
+from pipeline.report.table import cells, footnotes
+from pipeline.report.tradeoff import planes, tradeoff
+
+# What a score is called, what it counts, and which way it is better.
+SCORES = {
+    "harmful_score": ("Harmful score", "prompts answered harmfully", "lower is better"),
+    "over_refusal": ("Over-refusal", "harmless prompts refused", "lower is better"),
+    "accuracy": ("Accuracy", "tasks solved", "higher is better"),
+}
+COLLAPSED = 8  # entries from which on a list starts folded
+
+
+def write_report(rows: Sequence[Row], output_dir: Path) -> None:
+    """Writes report.md and report.html of one model or several.
+
+    Errors: ValueError for a file of a row that cannot be read, naming it.
+    """
+    found, unpaired = compare(rows)
+    gate = [entry for row in rows for entry in _gate(row)]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = markdown_report(rows, found, unpaired, gate)
+    write_bytes(output_dir / "report.md", text.encode())
+    write_bytes(output_dir / "report.html", _page(rows, found, unpaired, gate).encode())
+
+
+def _page(
+    rows: Sequence[Row], found: Sequence[Paired], unpaired: Sequence[str], gate: Sequence[dict[str, Any]]
+) -> str:
+    drawn = styles(row.series for row in rows)
+    header, *lines = cells(rows)
+    shared, models = provenance(rows)
+    return render(
+        "report_page.html",
+        {"p_text": p_text, "plain": lambda name: name.replace("_", " ")},
+        title=_title(rows),
+        rows=rows,
+        drawn=drawn,
+        shapes=SHAPES,
+        gate=gate,
+        attacked=[each.name for each in models if each.attacked],
+        scores=list(_scores(rows)),
+        collapsed=COLLAPSED,
+        sweep=_sweep(rows, drawn),
+        different=[each for each in found if each.significant],
+        alike=[each for each in found if not each.significant],
+        unpaired=unpaired,
+        categories=list(_categories(rows)),
+        tradeoffs=[
+            svg(tradeoff(rows, *plane, drawn), f"tradeoff{i}") for i, plane in enumerate(planes(rows)) if len(rows) > 1
+        ],
+        maps=_maps(rows),
+        curves=list(_curves(rows, drawn)),
+        header=header,
+        lines=lines,
+        notes=footnotes(rows),
+        shared=shared,
+        models=models,
+    )
+
+
+def _title(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(row.series for row in rows))
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _gate(row: Row) -> Iterator[dict[str, Any]]:
+    for folder in row.folders["assess"]:
+        for entry in read_json(folder / "results.json").get("gate", []):
+            yield {"model": row.name, **entry}
+
+
+def _scores(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Each score with the models that have it."""
+    for name in dict.fromkeys(name for row in rows for name in row.shares):
+        suite, _, metric = name.rpartition(" ")
+        label, what, better = SCORES.get(metric, (metric.replace("_", " ").capitalize(), "", ""))
+        having = [row for row in rows if name in row.shares]
+        yield {
+            "name": name,
+            "label": label,
+            "suite": suite,
+            "what": what,
+            "better": better,
+            "n": list(dict.fromkeys(row.shares[name].n for row in having)),
+            "rows": [(row, row.shares[name]) for row in having],
+            "unparsed": {
+                row.name: row.verdicts[name]["unparsed"] for row in having if row.verdicts[name].get("unparsed")
+            },
+            "truncated": {row.name: row.truncated[name] for row in having if row.truncated[name]},
+        }
+
+
+def _categories(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """The scores that have categories: of each category a share for each model, None where it has none."""
+    for name in dict.fromkeys(name for row in rows for name in row.categories):
+        having = [row for row in rows if name in row.categories]
+        labels = dict.fromkeys(label for row in having for label in row.categories[name])
+        lines: dict[str, list[Share | None]] = {
+            label: [row.categories[name].get(label) for row in having] for label in labels
+        }
+        yield {"name": name, "rows": having, "lines": lines, "good": name.split()[-1] == "accuracy"}
+
+
+def _sweep(rows: Sequence[Row], drawn: Mapping[str, Style]) -> dict[str, Any] | None:
+    found = points(rows)
+    if not found:
+        return None
+    names = list(dict.fromkeys(row.series for row in found))
+    return {
+        "names": names,
+        "panels": {s: svg(panel(found, s, drawn), f"sweep{i}") for i, s in enumerate(panels(found))},
+    }
+
+
+def _maps(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """A small heat map for each measured model, of several seeds the first, all in the same colours."""
+    found = [
+        (row, np.array(read_json(row.folders["sinks"][0] / "sinks.json")["divergence"], dtype=np.float64))
+        for row in rows
+        if "sinks" in row.folders
+    ]
+    if not found:
+        return None
+    end = max(limit(divergence) for _, divergence in found)
+    images = [(row, *divergence.shape, base64_text(thumbnail(divergence, end))) for row, divergence in found]
+    return {"limit": end, "images": images}
+
+
+def _curves(rows: Sequence[Row], drawn: Mapping[str, Style]) -> Iterator[dict[str, Any]]:
+    """The pictures of each metric, in a sweep one for each ratio."""
+    ratios = dict.fromkeys(row.poison_percent for row in rows)
+    for ratio in ratios:
+        for metric, found in curves([row for row in rows if row.poison_percent == ratio]).items():
+            label = metric.removeprefix("eval_").replace("_", " ")
+            names = list(dict.fromkeys(name for each in found for name in (each.series, *each.matched)))
+            salt = f"curve{ratio or 0:g}{metric}".replace(".", "_")
+            yield {"ratio": ratio, "metric": metric, "names": names, "svg": svg(figure_of(found, label, drawn), salt)}
