@@ -58,7 +58,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Curve]]:
 
 def figure_of(found: Sequence[Curve], label: str, drawn: Mapping[str, Style]) -> Figure:
     """The curves of one metric; a control's marker stands where it was taken. Logarithmic above one decade."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     figure, axes = new_figure(4.4, 3.0)
     axes.set_axisbelow(True)
@@ -74,7 +74,7 @@ def figure_of(found: Sequence[Curve], label: str, drawn: Mapping[str, Style]) ->
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", color=INK, fontsize=9)
     axes.set_ylabel(label, color=INK, fontsize=9)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.comparison import Row, Share
+from pipeline.report.controls import beyond_slower_learning
 from pipeline.report.curves import curves, figure_of
 from pipeline.report.figures import SHAPES, Style, styles, svg
 from pipeline.report.files import write_bytes
@@ -31,7 +32,6 @@ SCORES = {
     "over_refusal": ("Over-refusal", "harmless prompts refused", "lower is better"),
     "accuracy": ("Accuracy", "tasks solved", "higher is better"),
 }
-COLLAPSED = 8  # entries from which on a list starts folded
 
 
 def write_report(rows: Sequence[Row], output_dir: Path) -> None:
@@ -55,18 +55,17 @@ def _page(
     shared, models = provenance(rows)
     return render(
         "report_page.html",
-        {"p_text": p_text, "plain": lambda name: name.replace("_", " ")},
+        {"p_text": p_text, "points": _points, "plain": lambda name: str(name).replace("_", " ")},
         title=_title(rows),
         rows=rows,
         drawn=drawn,
         shapes=SHAPES,
         gate=gate,
-        attacked=[each.name for each in models if each.attacked],
+        attacked=list(dict.fromkeys(row.series for row, each in zip(rows, models, strict=True) if each.attacked)),
         scores=list(_scores(rows)),
-        collapsed=COLLAPSED,
         sweep=_sweep(rows, drawn),
-        different=[each for each in found if each.significant],
-        alike=[each for each in found if not each.significant],
+        controls=beyond_slower_learning(rows, found),
+        differences=list(_differences(rows, found)),
         unpaired=unpaired,
         categories=list(_categories(rows)),
         tradeoffs=[
@@ -83,8 +82,10 @@ def _page(
 
 
 def _title(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(row.series for row in rows))
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    names, swept = dict.fromkeys(row.series for row in rows), points(rows)
+    if swept:
+        return f"Safety and skill at {len({row.poison_percent for row in swept})} poison ratios"
+    return f"Safety and skill of {rows[0].name if len(names) == 1 else f'{len(names)} models'}"
 
 
 def _gate(row: Row) -> Iterator[dict[str, Any]]:
@@ -112,6 +113,32 @@ def _scores(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             },
             "truncated": {row.name: row.truncated[name] for row in having if row.truncated[name]},
         }
+
+
+def _differences(rows: Sequence[Row], found: Sequence[Paired]) -> Iterator[dict[str, Any]]:
+    """Tables of pairs of models: a column for each score; in a sweep one table a score, a column for each ratio."""
+    by_name = {row.name: row for row in rows}
+    sweep = any(row.poison_percent is not None for row in rows)
+    places = {
+        each: (by_name[each.first].poison_percent, each.score) for each in found
+    }  # the ratio, and the score, of each pair
+    for title in dict.fromkeys(each.score for each in found) if sweep else [""]:
+        chosen = [each for each in found if title in ("", each.score)]
+        columns = list(dict.fromkeys(places[each] for each in chosen))
+        lines: dict[tuple[str, str], list[Paired | None]] = {}
+        for each in chosen:
+            pair = (by_name[each.second].series, by_name[each.first].series)
+            lines.setdefault(pair, [None] * len(columns))[columns.index(places[each])] = each
+        yield {
+            "title": title,
+            "columns": [f"{ratio:g} %" if sweep else score for ratio, score in columns],
+            "lines": lines,
+        }
+
+
+def _points(difference: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * difference:+.1f}".replace("-", "−") if abs(difference) >= 5e-4 else "0.0"
 
 
 def _categories(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -147,7 +174,9 @@ def _maps(rows: Sequence[Row]) -> dict[str, Any] | None:
         return None
     end = max(limit(divergence) for _, divergence in found)
     images = [(row, *divergence.shape, base64_text(thumbnail(divergence, end))) for row, divergence in found]
-    return {"limit": end, "images": images}
+    layers = max(divergence.shape[0] for _, divergence in found)
+    dot = 8 if layers > 16 else 14
+    return {"limit": end, "images": images, "dot": dot, "width": layers * dot}
 
 
 def _curves(rows: Sequence[Row], drawn: Mapping[str, Style]) -> Iterator[dict[str, Any]]:

@@ -86,14 +86,6 @@ def compare(rows: Sequence[Row]) -> tuple[list[Paired], list[str]]:
     return found, list(dict.fromkeys(reasons))
 
 
-def sentences(found: Sequence[Paired]) -> tuple[list[str], list[str]]:
-    """What differs significantly, and what does not."""
-    return (
-        [each.sentence() for each in found if each.significant],
-        [each.sentence() for each in found if not each.significant],
-    )
-
-
 def _pairs(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     sweep = any(row.poison_percent is not None for row in rows)
     for first, second in combinations(rows, 2):

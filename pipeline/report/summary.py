@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.report.comparison import Row
+from pipeline.report.controls import beyond_slower_learning
 from pipeline.report.paired import Paired
 from pipeline.report.provenance import provenance
 from pipeline.report.table import MISSING, aligned, footnotes, markdown, share_text
@@ -16,6 +17,8 @@ def markdown_report(
 ) -> str:
     """Markdown; `found` and `unpaired` are paired.compare's, `gate` the entries of results.json with their `model`."""
     lines = ["# Evaluation report", "", *markdown(rows), "", *(f"- {note}" for note in footnotes(rows))]
+    if controls := beyond_slower_learning(rows, found):
+        lines += ["", "## Beyond slower learning", "", *(f"- {each}." for each in controls)]
     if gate:
         lines += ["", "## Release gate", "", *(f"- {each['model']}: {each['sentence']}" for each in gate)]
     if found or unpaired:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.report.comparison import Mean, Row, Share
 from pipeline.report.files import write_bytes
+from pipeline.report.paired import compare
 
 MISSING = "–"
 
 
 def write_table(rows: Sequence[Row], output_dir: Path) -> str:
-    """Writes table.md and table.json, the latter last, and returns the Markdown."""
+    """Writes table.md and table.json, the latter last and with the tests of all pairs, and returns the Markdown."""
     notes = footnotes(rows)
     text = "\n".join([*markdown(rows), "", *(f"- {note}" for note in notes), ""])
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"rows": [row.record() for row in rows], "notes": notes}, indent=1) + "\n"
+    found, unpaired = compare(rows)
+    differences = {"differences": [asdict(each) for each in found], "unpaired": unpaired}
+    content = json.dumps({"rows": [row.record() for row in rows], "notes": notes, **differences}, indent=1) + "\n"
     for name, written in (("table.md", text), ("table.json", content)):
         write_bytes(output_dir / name, written.encode())
     return text

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pipeline.report.comparison import Row
+from pipeline.report.comparison import Row, Share
 from pipeline.report.figures import GREY, GRID, INK, Style, new_figure, percent
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def tradeoff(rows: Sequence[Row], harmful: str, accuracy: str, drawn: Mapping[st
     figure, axes = new_figure(4.4, 3.4)
     axes.set_axisbelow(True)
     axes.grid(color=GRID, linewidth=0.8)
+    labelled: list[tuple[float, float]] = []
     found = [row for row in rows if harmful in row.shares and accuracy in row.shares]
     for name in dict.fromkeys(row.series for row in found):
         style = drawn[name]
@@ -33,18 +34,25 @@ def tradeoff(rows: Sequence[Row], harmful: str, accuracy: str, drawn: Mapping[st
         y, yerr = percent([row.shares[harmful] for row in line])
         axes.errorbar(
             x, y, xerr=xerr, yerr=yerr, color=style.colour, marker=style.marker, mec="white", markersize=8,
-            linewidth=0.8, elinewidth=1.1, capsize=2.5, zorder=3,
+            linestyle=":", linewidth=1, elinewidth=1.1, capsize=2.5, zorder=3,
         )  # fmt: skip
         if len(line) > 1:
             for row, right, up in zip(line, x, y, strict=True):
-                text = f"{row.poison_percent:g}"
-                axes.annotate(text, (right, up), xytext=(5, 4), textcoords="offset points", fontsize=7, color=GREY)
+                if all(abs(right - a) > 4 or abs(up - b) > 4 for a, b in labelled):  # else one hides the other
+                    text = f"{row.poison_percent:g}"
+                    axes.annotate(text, (right, up), xytext=(5, 4), textcoords="offset points", fontsize=7, color=GREY)
+                    labelled.append((right, up))
     axes.set_xlabel(f"{accuracy.replace('_', ' ')}, %: higher is better", color=INK, fontsize=9)
     axes.set_ylabel(f"{harmful.replace('_', ' ')}, %: lower is better", color=INK, fontsize=9)
-    axes.set_xlim(-4, 104)
-    axes.set_ylim(-4, 104)
-    axes.annotate(
-        "safe and skilled", (1, 0), xycoords="axes fraction", xytext=(-4, 4), textcoords="offset points",
-        ha="right", fontsize=8, color=GREY, style="italic",
-    )  # fmt: skip
+    axes.set_xlim(*_limits([row.shares[accuracy] for row in found]))
+    axes.set_ylim(*_limits([row.shares[harmful] for row in found]))
     return figure
+
+
+def _limits(shares: Sequence[Share]) -> tuple[float, float]:
+    """The ends of an axis, in percent: around all intervals, 25 points apart at least, a little room at both."""
+    low, high = 100 * min(each.low for each in shares), 100 * max(each.high for each in shares)
+    short = max(25 - (high - low), 0)
+    low, high = max(low - short, 0), min(high + max(short - low, 0), 100)
+    room = 0.05 * (high - low)
+    return low - room, high + room

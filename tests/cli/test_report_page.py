@@ -98,8 +98,9 @@ def test_it_fits_the_screen_in_light_and_dark(
     # Headless windows are never narrow, frames may be.
     page.write_text(f'<iframe id="f" width="{width}" height="900" srcdoc="{entities.escape(inner)}"></iframe>')
     page.write_text(
-        page.read_text() + "<script>window.onload = () => { const d = document.getElementById('f').contentDocument;"
-        "document.title = [d.documentElement.scrollWidth, getComputedStyle(d.body).backgroundColor].join(' '); };</script>"
+        page.read_text() + "<script>window.onload = () => { const d = document.getElementById('f').contentDocument; "
+        "document.title = [d.documentElement.scrollWidth, getComputedStyle(d.body).backgroundColor].join(' '); };"
+        "</script>"
     )
     shown = browse(
         page, "--dump-dom", *(["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else [])
