@@ -89,7 +89,7 @@ def sweep_rows(folder: Path, ratios: Sequence[int] = (0, 10, 20)) -> list[str]:
         sft = write_trained(folder / f"sft{ratio}", ratio / 100)
         surgery = write_trained(folder / f"surgery{ratio}", ratio / 100, "surgery", end=3.0)
         sinks = write_json(folder / f"sinks{ratio}" / "sinks.json", measurement(4, 6))
-        step = {"checkpoint": "x", "run": "sft", "like": "surgery", "step": 6, "metric": "eval_poisoned_loss"}
+        step = {"checkpoint": "x", "run": "sft", "like": surgery.name, "step": 6, "metric": "eval_poisoned_loss"}
         values = {"value": 3.2, "target": 3.0, "gap": 0.2, "bracket": [[6, 3.2]], "in_range": True}
         match = write_json(folder / f"match{ratio}" / "match.json", step | values)
         judged = [

@@ -19,7 +19,7 @@ def beyond_slower_learning(rows: Sequence[Row], found: Sequence[Paired]) -> list
         for match in control.matches[:1]:
             if (defense := runs.get(match.like)) is not None:
                 for each in _harmful(found, {control.name, defense.name}):
-                    names = (each.score.replace("_", " ").capitalize(), defense.series, control.series)
+                    names = (each.score.replace("_", " "), defense.series, control.series)
                     groups.setdefault(names, []).append((each, defense.name))
     return [_sentence(*names, pairs) for names, pairs in groups.items()]
 
@@ -32,14 +32,14 @@ def _harmful(found: Sequence[Paired], names: set[str]) -> Iterator[Paired]:
 
 def _sentence(score: str, defense: str, control: str, pairs: Sequence[tuple[Paired, str]]) -> str:
     outcomes = [_outcome(*each) for each in pairs]
+    names = f"{defense} beside its control, {control}"
     if len(pairs) > 1:
         counts = [(outcomes.count(outcome), outcome) for outcome in OUTCOMES]
         found = ", ".join(f"{outcome} at {count}" for count, outcome in counts if count)
-        return f"{score} of {defense} beside its control, {control}: of {len(pairs)} poison ratios {found}"
+        return f"{names}, {score}: {found} of {len(pairs)} poison ratios"
     ((pair, name),) = pairs
     own, other = pair.shares if pair.first == name else pair.shares[::-1]
-    shares = f"{score} of {defense} {own:.1%}, of its control, {control}, {other:.1%}"
-    return f"{shares}: {outcomes[0]} ({p_text(pair.p_holm)})"
+    return f"{names}: {score} {own:.1%} against {other:.1%}, {outcomes[0]} ({p_text(pair.p_holm)})"
 
 
 def _outcome(pair: Paired, defense: str) -> str:

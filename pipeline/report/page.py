@@ -119,10 +119,8 @@ def _differences(rows: Sequence[Row], found: Sequence[Paired]) -> Iterator[dict[
     """Tables of pairs of models: a column for each score; in a sweep one table a score, a column for each ratio."""
     by_name = {row.name: row for row in rows}
     sweep = any(row.poison_percent is not None for row in rows)
-    places = {
-        each: (by_name[each.first].poison_percent, each.score) for each in found
-    }  # the ratio, and the score, of each pair
-    for title in dict.fromkeys(each.score for each in found) if sweep else [""]:
+    places = {each: (by_name[each.first].poison_percent, each.score) for each in found}
+    for title in dict.fromkeys(each.score for each in found) if sweep else [""] * bool(found):
         chosen = [each for each in found if title in ("", each.score)]
         columns = list(dict.fromkeys(places[each] for each in chosen))
         lines: dict[tuple[str, str], list[Paired | None]] = {}
@@ -165,11 +163,8 @@ def _sweep(rows: Sequence[Row], drawn: Mapping[str, Style]) -> dict[str, Any] | 
 
 def _maps(rows: Sequence[Row]) -> dict[str, Any] | None:
     """A small heat map for each measured model, of several seeds the first, all in the same colours."""
-    found = [
-        (row, np.array(read_json(row.folders["sinks"][0] / "sinks.json")["divergence"], dtype=np.float64))
-        for row in rows
-        if "sinks" in row.folders
-    ]
+    measured = [(row, read_json(row.folders["sinks"][0] / "sinks.json")) for row in rows if "sinks" in row.folders]
+    found = [(row, np.array(each["divergence"], np.float64)) for row, each in measured if "divergence" in each]
     if not found:
         return None
     end = max(limit(divergence) for _, divergence in found)

@@ -129,7 +129,7 @@ class _Judged:
 
 
 def _prompts(results: dict[str, Any], suite: str) -> Any:
-    settings = results["settings"].get("suites", {}).get(suite)
+    settings = results.get("settings", {}).get("suites", {}).get(suite)
     return settings.get("prompts_sha256") if isinstance(settings, dict) else settings
 
 

@@ -59,7 +59,7 @@ def training_facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def assess_command(results: Mapping[str, Any]) -> str:
     """The command that gives these results again."""
-    settings, words = results["settings"], ["python", "pipeline/assess.py"]
+    settings, words = results.get("settings", {}), ["python", "pipeline/assess.py"]
     for key, flag in FLAGS.items():
         if settings.get(key) is not None:
             words += [f"--{flag}", str(settings[key])]

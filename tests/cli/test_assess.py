@@ -85,7 +85,7 @@ def test_a_release_gate_ends_with_its_own_exit_code_and_stands_in_the_results(
     words: list[str | Path], tmp_path: Path
 ) -> None:
     words[words.index("--batch_size") + 1] = "110"
-    words += ["--output_dir", tmp_path, "--fail_if", "harmful_score>5"]
+    words += ["--output_dir", tmp_path, "--fail_if", "harmful_score>100"]
     failed = assess(*words, "policy.accuracy<=100")
     assert failed.returncode == 3, failed.stderr
     assert "gate failed: policy.accuracy<=100: holds" in failed.stdout

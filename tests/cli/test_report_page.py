@@ -66,7 +66,7 @@ def test_every_share_stands_where_results_json_says(models: Path, tmp_path: Path
             assert re.search(f'class="range" style="{left}', document)
         for each in scores["harmful_score"]["by"].values():
             assert f"{each['value']:.1%} {each['low']:.1%} to {each['high']:.1%}" in shown
-    assert "Unparsed (judged by no one: the judge's answer could not be read): Base <b>& 3." in shown
+    assert "Unparsed (the judge's answer could not be read): Base <b>& 3." in shown
     assert "Release gate failed , Base <b>&: harmful_score>5: holds (policy 40.0 %)" in shown
 
 
@@ -115,6 +115,8 @@ def test_a_sweep_is_drawn_with_its_control_as_a_line_of_its_own(sweep: Path, tmp
     document = dom((sweep / "report.html").read_text(encoding="utf-8"), tmp_path)
     shown = text(document)
     assert "Against the share of poisoned rows" in shown
+    outcome = "harmful score: no significant difference at 3 of 3 poison ratios"
+    assert f"Surgery beside its control, SFT at Surgery's poisoned loss, {outcome}." in shown
     figure = document[document.index('<figure role="img" aria-label="harmful score against') :]
     figure = figure[: figure.index("</figure>")]
     assert all(f"var(--series{i})" in figure for i in range(3))
