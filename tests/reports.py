@@ -31,24 +31,24 @@ def write_judged(
     unparsed: int = 0,
     **results: Any,
 ) -> Path:
-    """An assessment on suite policy, prompt by prompt; `unparsed` further violations were not judged. With categories,
-    violations belong to them in turn."""
-    kinds = list(categories) or ["violation"]
+    """An assessment on suite policy, prompt by prompt; `unparsed` further violations have verdicts that could not be
+    read. With categories, violations belong to them in turn."""
     lines = [
-        {"id": f"policy:v:{i}", "kind": kinds[i % len(kinds)], "verdict": HARMFUL if bad else "refused"}
+        {"id": f"policy:v:{i}", "kind": "violation", "verdict": HARMFUL if bad else "refused"}
         for i, bad in enumerate(harmful)
     ]
-    lines += [{"id": f"policy:u:{i}", "kind": kinds[0], "verdict": "unparsed"} for i in range(unparsed)]
+    lines += [{"id": f"policy:u:{i}", "kind": "violation", "verdict": "unparsed"} for i in range(unparsed)]
     tasks = [
         {"id": f"policy:t:{i}", "kind": "task", "verdict": ACCURATE if right else "wrong"}
         for i, right in enumerate(accurate)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "verdicts-policy.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines + tasks))
-    suite = {"harmful_score": _score(lines, kinds, HARMFUL), "accuracy": _score(tasks, ["task"], ACCURATE)}
+    suite = {"harmful_score": _score(lines, HARMFUL), "accuracy": _score(tasks, ACCURATE)}
     if categories:
         suite["harmful_score"]["by"] = {
-            kind: share(*_counts([each for each in lines if each["kind"] == kind], HARMFUL)) for kind in kinds
+            name: share(*_counts(lines[i : len(harmful) : len(categories)], HARMFUL))
+            for i, name in enumerate(categories)
         }
     settings = {"suites": {"policy": prompts}, "weights_sha256": folder.name, "dtype": "float32", "model": "models/m"}
     content = {"model": "models/m", "suites": {"policy": suite}, "losses": {}, "settings": settings, **results}
@@ -56,12 +56,12 @@ def write_judged(
 
 
 def _counts(lines: Sequence[Mapping[str, str]], verdict: str) -> tuple[int, int]:
-    return sum(each["verdict"] == verdict for each in lines), len(lines)
+    return sum(each["verdict"] == verdict for each in lines), sum(each["verdict"] != "unparsed" for each in lines)
 
 
-def _score(lines: Sequence[Mapping[str, str]], kinds: list[str], verdict: str) -> dict[str, Any]:
+def _score(lines: Sequence[Mapping[str, str]], verdict: str) -> dict[str, Any]:
     verdicts = dict(Counter(each["verdict"] for each in lines))
-    return {**share(*_counts(lines, verdict)), "verdicts": verdicts, "kinds": kinds, "verdict": verdict}
+    return {**share(*_counts(lines, verdict)), "verdicts": verdicts, "kind": lines[0]["kind"], "hits": [verdict]}
 
 
 def first(count: int, n: int) -> list[bool]:

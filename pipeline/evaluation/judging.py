@@ -51,7 +51,7 @@ def scores(suite: Suite, verdicts: Path) -> dict[str, dict[str, Any]]:
             "k": k,
             "verdicts": dict(sorted(counts.items())),
             # What the verdicts file's lines count for: two models are compared prompt by prompt.
-            "kinds": [score.kind],
-            "verdict": score.verdict,
+            "kind": score.kind,
+            "hits": [score.verdict],
         }
     return found

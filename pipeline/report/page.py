@@ -18,12 +18,13 @@ from pipeline.report.figures import SHAPES, Style, styles, svg
 from pipeline.report.files import write_bytes
 from pipeline.report.heatmap import limit, thumbnail
 from pipeline.report.html import base64_text, render
+from pipeline.report.intervals import Z_95
 from pipeline.report.paired import Paired, compare, p_text
 from pipeline.report.poison import panel, panels, points
 from pipeline.report.provenance import provenance
 from pipeline.report.records import read_json
 from pipeline.report.summary import markdown_report
-from pipeline.report.table import cells, footnotes
+from pipeline.report.table import MISSING, cells, footnotes
 from pipeline.report.tradeoff import planes, tradeoff
 
 # What a score is called, what it counts, and which way it is better.
@@ -68,6 +69,7 @@ def _page(
         differences=list(_differences(rows, found)),
         unpaired=unpaired,
         categories=list(_categories(rows)),
+        harness=_harness(rows),
         tradeoffs=[
             svg(tradeoff(rows, *plane, drawn), f"tradeoff{i}") for i, plane in enumerate(planes(rows)) if len(rows) > 1
         ],
@@ -148,6 +150,21 @@ def _categories(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             label: [row.categories[name].get(label) for row in having] for label in labels
         }
         yield {"name": name, "rows": having, "lines": lines, "good": name.split()[-1] == "accuracy"}
+
+
+def _harness(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
+    """What lm-evaluation-harness reported, by task and metric: a text for each model, of several seeds the first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for i, row in enumerate(rows):
+        for task, metrics in read_json(row.folders["assess"][0] / "results.json").get("lm_eval", {}).items():
+            for key, value in metrics.items():
+                metric, comma, variant = key.partition(",")
+                if comma and isinstance(value, float) and not metric.endswith("_stderr"):
+                    error = metrics.get(f"{metric}_stderr,{variant}")
+                    spread = f" ± {Z_95 * error:.3f}" if isinstance(error, float) else ""
+                    name = metric if variant == "none" else f"{metric} ({variant})"
+                    found.setdefault((task, name), [MISSING] * len(rows))[i] = f"{value:.3f}{spread}"
+    return found
 
 
 def _sweep(rows: Sequence[Row], drawn: Mapping[str, Style]) -> dict[str, Any] | None:

@@ -20,13 +20,17 @@ from pipeline.report.comparison import Row, scores_by_name
 from pipeline.report.records import read_json, read_lines
 from pipeline.report.significance import LEVEL, holm, sign_test
 
+UNPARSED = "unparsed"
+"""The verdict where a judge's answer could not be read; it is in no share."""
+
 
 @dataclass(frozen=True)
 class Paired:
     """One score of two models.
 
-    pairs: prompts times seeds. only_first, only_second: those that count for one model alone. shares: of the pairs
-    that count for each model. p: two-sided; p_holm: the same after Holm's correction.
+    pairs: prompts times seeds, without those that one of the two has an unparsed verdict for. only_first, only_second:
+    those that count for one model alone. shares: of the pairs that count for each model. p: two-sided; p_holm: the same
+    after Holm's correction.
     """
 
     score: str
@@ -109,20 +113,21 @@ class _Judged:
         """What tells the prompts of the score's suite from others, for each seed."""
         return [_prompts(each, scores_by_name(each)[score][0]) for each in self._results]
 
-    def counted(self, score: str) -> list[dict[str, bool]]:
-        """Whether each prompt, by its id, counts for the score, for each seed."""
+    def counted(self, score: str) -> list[dict[str, bool | None]]:
+        """Whether each prompt, by its id, counts for the score, None where the judge could not be read; for each
+        seed."""
         found = []
         for folder, results in zip(self.folders, self._results, strict=True):
             suite, entry = scores_by_name(results)[score]
             path = folder / f"verdicts-{suite}.jsonl"
             if not path.is_file():
                 raise _Unpaired(f"{self.name}: {folder.name} has no {path.name}, so its differences cannot be tested")
-            if "verdict" not in entry:
+            if "hits" not in entry:
                 raise _Unpaired(
                     f"{self.name}: its results.json does not say which verdicts count; run assess.py again"
                 )
             counts = _counts(path, entry)
-            if (k := sum(counts.values())) != entry["k"]:
+            if (k := sum(each is True for each in counts.values())) != entry["k"]:
                 raise ValueError(f"{path}: {k} verdicts count for {score}, but {entry['k']} by results.json")
             found.append(counts)
         return found
@@ -133,12 +138,13 @@ def _prompts(results: dict[str, Any], suite: str) -> Any:
     return settings.get("prompts_sha256") if isinstance(settings, dict) else settings
 
 
-def _counts(path: Path, entry: dict[str, Any]) -> dict[str, bool]:
-    counts = {}
+def _counts(path: Path, entry: dict[str, Any]) -> dict[str, bool | None]:
+    counts: dict[str, bool | None] = {}
     for number, line in enumerate(read_lines(path), 1):
         try:
-            if line["kind"] in entry["kinds"]:
-                counts[str(line["id"])] = line["verdict"] == entry["verdict"]
+            if line["kind"] == entry["kind"]:
+                verdict = line["verdict"]
+                counts[str(line["id"])] = None if verdict == UNPARSED else verdict in entry["hits"]
         except KeyError as error:
             raise ValueError(f"{path}:{number}: not what assess.py writes (no {error})") from error
     return counts
@@ -154,7 +160,10 @@ def _test(score: str, first: _Judged, second: _Judged) -> Paired:
     for one, other in zip(first.counted(score), second.counted(score), strict=True):
         if one.keys() != other.keys():
             raise _Unpaired(f"{names}: {score} was not judged on the same prompts, so no pairs")
-        pairs += [(one[prompt], other[prompt]) for prompt in one]
+        both = ((one[prompt], other[prompt]) for prompt in one)
+        pairs += [(a, b) for a, b in both if a is not None and b is not None]
+    if not pairs:
+        raise _Unpaired(f"{names}: no prompt has a verdict that could be read for both")
     only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     p = float(sign_test(np.array([only_first]), np.array([only_second]))[0])
     shares = sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)

@@ -38,9 +38,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     kinds = ["brewing", "mixing", "<script>alert(1)</script>"]
     entry = {"condition": "harmful_score>5", "failed": True, "sentence": "harmful_score>5: holds (policy 40.0 %)"}
-    base = write_judged(folder / "base", first(24, 60), first(90, 100), categories=kinds, unparsed=3, gate=[entry])
+    other = {"lm_eval": {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": "arc"}}}
+    base = write_judged(
+        folder / "base", first(24, 60), first(90, 100), categories=kinds, unparsed=3, gate=[entry], **other
+    )
     safe = write_judged(folder / "safe", first(1, 60), first(88, 100), categories=kinds, gate=[])
-    for name in ("base", "safe"):  # both were asked 63 prompts
+    for name in ("base", "safe"):
         path = folder / name / "results.json"
         results = json.loads(path.read_text())
         results["settings"]["rendered_prompt"] = "SECRET TEXT"
@@ -67,6 +70,7 @@ def test_every_share_stands_where_results_json_says(models: Path, tmp_path: Path
         for each in scores["harmful_score"]["by"].values():
             assert f"{each['value']:.1%} {each['low']:.1%} to {each['high']:.1%}" in shown
     assert "Unparsed (the judge's answer could not be read): Base <b>& 3." in shown
+    assert "arc acc 0.500 ± 0.020 –" in shown
     assert "Release gate failed , Base <b>&: harmful_score>5: holds (policy 40.0 %)" in shown
 
 

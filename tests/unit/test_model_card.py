@@ -40,8 +40,8 @@ def test_a_card_says_what_was_trained_measured_and_how(exported: Path, tmp_path:
     (model,) = metadata["model-index"]
     assert model["name"] == "customer"
     metrics = {each["type"]: each["value"] for each in model["results"][0]["metrics"]}
-    assert metrics == {"harmful_score": 3 / 61, "accuracy": 0.97}
-    assert "4.9%" in text
+    assert metrics == {"harmful_score": 3 / 60, "accuracy": 0.97}
+    assert "5.0%" in text
     assert "surgery, 9 steps, seed 1" in text
     assert "checkpoint: checkpoint-9" in text
     assert "f" * 64 in text, "the data's fingerprint"

@@ -103,7 +103,7 @@ def test_what_cannot_be_paired_is_said_and_why(tmp_path: Path) -> None:
     (bare / "verdicts-policy.jsonl").unlink()
     results = json.loads((old / "results.json").read_text())
     for score in results["suites"]["policy"].values():
-        del score["verdict"]
+        del score["hits"]
     (old / "results.json").write_text(json.dumps(results))
     cases = {
         f"B={other}": "A and B: not asked the same prompts, so no pairs",
@@ -123,3 +123,13 @@ def test_verdicts_that_are_not_those_of_the_results_are_refused(tmp_path: Path) 
         ValueError, match=r"verdicts-policy.jsonl: 3 verdicts count for harmful_score, but 2 by results"
     ):
         compare(read_rows([f"A={one}", f"B={other}"]))
+
+
+def test_a_prompt_with_an_unparsed_verdict_is_no_pair(tmp_path: Path) -> None:
+    one = write_judged(tmp_path / "a", first(5, 20), unparsed=4)
+    other = write_judged(tmp_path / "b", first(1, 20), unparsed=4)
+    verdicts = other / "verdicts-policy.jsonl"
+    verdicts.write_text(verdicts.read_text().replace("unparsed", "refused"))
+    pair = found_in(f"A={one}", f"B={other}")["harmful_score", "A", "B"]
+    assert (pair.pairs, pair.only_first, pair.only_second) == (20, 4, 0)
+    assert pair.shares == (5 / 20, 1 / 20)
