@@ -38,7 +38,13 @@ class Condition:
     limit: float
 
     def verdict(self, suites: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-        """The entry of results.json: whether the gate failed, a sentence, and the numbers of each score."""
+        """The entry of results.json: whether the gate failed, a sentence, and the numbers of each score.
+
+        Errors: ValueError if a suite had no prompts for its score: what was not measured passes no gate.
+        """
+        for suite, score in self.scores:
+            if score not in suites[suite]:
+                raise ValueError(f"--fail_if {self.text!r}: suite {suite} had no prompts for {score}")
         found = [self._of_score(suite, score, suites[suite][score]) for suite, score in self.scores]
         failed = any(each["failed"] for each in found)
         values = ", ".join(_words(each) for each in found)

@@ -29,8 +29,8 @@ class Paired:
     """One score of two models.
 
     pairs: prompts times seeds, without those that one of the two has an unparsed verdict for. only_first, only_second:
-    those that count for one model alone. shares: of the pairs that count for each model. p: two-sided; p_holm: the same
-    after Holm's correction.
+    those that count for one model alone. shares: of the pairs that count for each model. p: two-sided; p_holm: the
+    same after Holm's correction.
     """
 
     score: str

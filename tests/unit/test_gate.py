@@ -74,3 +74,9 @@ def test_a_condition_that_cannot_be_asked_is_refused(condition: str, message: st
         read_conditions([condition, "accuracy<5"], SCORES)
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_score_that_was_not_measured_passes_no_gate() -> None:
+    (read,) = read_conditions(["accuracy<90"], SCORES)
+    with pytest.raises(ValueError, match="--fail_if 'accuracy<90': suite policy had no prompts for accuracy"):
+        read.verdict({"policy": {"harmful_score": score(3, 60)}})
