@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.report.comparison import read_rows
+from pipeline.report.controls import beyond_slower_learning
 from pipeline.report.paired import Paired, compare, p_text
 from tests.reports import first, sweep_rows, write_judged
 
@@ -133,3 +134,21 @@ def test_a_prompt_with_an_unparsed_verdict_is_no_pair(tmp_path: Path) -> None:
     pair = found_in(f"A={one}", f"B={other}")["harmful_score", "A", "B"]
     assert (pair.pairs, pair.only_first, pair.only_second) == (20, 4, 0)
     assert pair.shares == (5 / 20, 1 / 20)
+
+
+@pytest.mark.parametrize(
+    ("defense", "control", "outcome"),
+    [
+        (0, 30, "harmful score 0.0% against 50.0%, significantly lower (p < 0.001)"),
+        (30, 0, "harmful score 50.0% against 0.0%, significantly higher (p < 0.001)"),
+        (2, 4, "harmful score 3.3% against 6.7%, no significant difference (p = 0.5)"),
+    ],
+)
+def test_a_defense_is_held_against_its_control(tmp_path: Path, defense: int, control: int, outcome: str) -> None:
+    _, surgery, matched = sweep_rows(tmp_path, (20,))
+    write_judged(tmp_path / "surgery_judged20", first(defense, 60))
+    write_judged(tmp_path / "control_judged20", first(control, 60))
+    rows = read_rows([matched, surgery])
+    assert beyond_slower_learning(rows, compare(rows)[0]) == [
+        f"Surgery beside its control, SFT at Surgery's poisoned loss: {outcome}"
+    ]
