@@ -65,7 +65,7 @@ def model_card(results: Mapping[str, Any], folder: Path) -> str:
         lines += [f"- {key}: {value}" for key, value in training_facts(record)]
     lines += ["", "## Evaluation", ""]
     lines += [f"- {key}: {value}" for key, value in flat(results["settings"])]
-    return "\n".join([*lines, "", f"    {assess_command(results)}", ""])
+    return "\n".join([*lines, "", "```bash", assess_command(results), "```", ""])
 
 
 def _metadata(results: Mapping[str, Any], record: Mapping[str, Any] | None, name: str) -> dict[str, Any]:

@@ -56,4 +56,4 @@ def _how(rows: Sequence[Row]) -> Iterator[str]:
         yield from ("", f"### {model.name}", "")
         yield from (f"- {key}: {value}" for key, value in model.facts)
         for command in model.commands:
-            yield from ("", f"    {command}")
+            yield from ("", "```bash", command, "```")
