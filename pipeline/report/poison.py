@@ -48,7 +48,7 @@ def write_poison_sweep(rows: Sequence[Row], output_dir: Path) -> None:
     columns = min(len(shares), 2)
     lines = -(-len(shares) // columns)
     figure, grid = new_axes(4.2 * columns, 3.3 * lines + 0.5, lines, columns)
-    drawn = styles(row.series for row in found)
+    drawn = styles(row.series for row in rows)
     for axes, share in zip(grid, shares, strict=False):
         _draw(axes, found, share, drawn)
     for axes in grid[len(shares) :]:
