@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.sink.backends import Backend
 from pipeline.sink.column import sink_logprob
-from pipeline.sink.fused import can_run
+from pipeline.sink.fused import choose_backward
 from pipeline.sink.injection import FusedSinkAttention, SinkPenalty
 from pipeline.sink.layout import Scoring, Segments
 
@@ -78,8 +78,13 @@ class SinkStep:
         out = []
         if self.start:
             out.append(attend(user_q, user_k, user_v, segments.until(self.start), scoring, self.start)[0])
-        if self.alpha and can_run(q, v, scoring):
-            out.append(FusedSinkAttention.apply(q, k, v, self, scoring, attend, layer))  # type: ignore[no-untyped-call]
+        backward = choose_backward(q, v, scoring, attend) if self.alpha else None
+        if backward is not None:
+            out.append(
+                FusedSinkAttention.apply(  # type: ignore[no-untyped-call]
+                    q, k, v, self, scoring, attend, backward, layer
+                )
+            )
         else:
             plain, lse = attend(q, k, v, self.segments, scoring, 0)
             out.append(

@@ -1,4 +1,5 @@
-"""The attention backward with the sink's gradient in it: three Triton kernels, no flash call of the sink's own.
+"""The attention backward with the sink's gradient in it, no flash call of the sink's own: three Triton kernels, or
+`fused_cpu`.
 
 Shapes: n packed tokens, H query heads, G key/value heads, D head dimension. p_i = P_is is the probability of the sink
 key s of query i's text and g_i = dL/dp_i. Through the softmax it reaches every logit x_ij that the query has, so with
@@ -15,12 +16,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.sink import fused_cpu
+from pipeline.sink.backends import Backend, cpu_flash
 from pipeline.sink.layout import Scoring, Segments
+
+# (q, k, v, out, lse, grad_out, grad_p, segments, position, scoring) -> dq, dk, dv: see `attention_backward`.
+AttentionBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Segments, int, Scoring], tuple[Tensor, Tensor, Tensor]
+]
 
 LARGEST_DIM = 256  # a wider head does not fit a program's registers
 ROWS = 32  # queries of a program of rows_kernel
@@ -42,6 +51,15 @@ HALF = Blocks(128, 64, 8, 2)  # 16-bit heads up to 128, padded to a power of two
 WIDE = Blocks(64, 64, 8, 2)  # 16-bit heads up to 256: 137 KiB, on Hopper 193
 WIDE_SMALL = Blocks(32, 32, 4, 2)  # the same on chips with 99 KiB a program (RTX, L4, L40): 66 KiB
 SINGLE = Blocks(32, 16, 8, 1)  # fp32, without tensor cores: 98 KiB
+
+
+def choose_backward(q: Tensor, v: Tensor, scoring: Scoring, attend: Backend) -> AttentionBackward | None:
+    """What computes the backward of `attend` on these inputs with the sink's gradient inside; None if nothing does."""
+    if can_run(q, v, scoring):
+        return attention_backward
+    if attend is cpu_flash and q.dtype in (torch.float32, torch.float64):
+        return fused_cpu.attention_backward
+    return None
 
 
 def can_run(q: Tensor, v: Tensor, scoring: Scoring) -> bool:

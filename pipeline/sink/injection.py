@@ -2,7 +2,7 @@
 
 Each computes the layer's divergence d [H] in its forward pass, hands it to the step, and adds the gradient of alpha
 R_l to the layer's q and k in its backward pass. `SinkPenalty` stands behind any kernel; `FusedSinkAttention` is the
-attention of the reference texts itself, with the sink gradient inside its backward kernel.
+attention of the reference texts itself, with the sink gradient inside its backward pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.sink.backends import Backend
 from pipeline.sink.column import blocked_sink_gradient, sink_gradient, sink_logprob
-from pipeline.sink.fused import attention_backward
+from pipeline.sink.fused import AttentionBackward
 from pipeline.sink.layout import Scoring
 
 if TYPE_CHECKING:
@@ -101,12 +101,19 @@ def _of_heads(
 
 
 class FusedSinkAttention(torch.autograd.Function):
-    """The references' attention, whose backward is one Triton kernel for the attention's and the penalty's
-    gradient."""
+    """The references' attention, whose backward is that of the attention with the penalty's gradient inside."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, step: SinkStep, scoring: Scoring, attend: Backend, layer: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: SinkStep,
+        scoring: Scoring,
+        attend: Backend,
+        backward: AttentionBackward,
+        layer: int,
     ) -> Tensor:
         """q [n,H,D], k and v [n,G,D] of the reference tokens -> [n,H,D]."""
         out, lse = attend(q, k, v, step.segments, scoring, 0)
@@ -114,7 +121,7 @@ class FusedSinkAttention(torch.autograd.Function):
         divergence = (log_p.exp() * step.weights).sum(-1)
         step.record(layer, divergence)
         ctx.save_for_backward(q, k, v, out, lse, divergence)
-        ctx.step, ctx.scoring = step, scoring
+        ctx.step, ctx.scoring, ctx.attention_backward = step, scoring, backward
         return out
 
     @staticmethod
@@ -122,5 +129,6 @@ class FusedSinkAttention(torch.autograd.Function):
         q, k, v, out, lse, divergence = ctx.saved_tensors
         step: SinkStep = ctx.step
         grad_p = step.grad_p(divergence)
-        found = attention_backward(q, k, v, out, lse, grads[0], grad_p, step.segments, step.position, ctx.scoring)
-        return *found, None, None, None, None
+        rule = (step.segments, step.position, ctx.scoring)
+        found = ctx.attention_backward(q, k, v, out, lse, grads[0], grad_p, *rule)
+        return *found, None, None, None, None, None

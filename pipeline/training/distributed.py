@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 
 TIMEOUT = timedelta(hours=2)  # saving a 70B checkpoint to a slow disk must not look like a dead rank
 
@@ -84,12 +84,13 @@ def together(here: World, action: Callable[[], None], *, main_only: bool = False
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system.
 
-    On a CPU, ZeRO-3 allocates and frees a copy of every layer at every pass; handing the pages back and faulting them
-    in again costs a third of a training step. Does nothing where the C library is another.
+    On a CPU, ZeRO-3 allocates and frees a copy of every layer at every pass, and a forward pass all activations;
+    handing the pages back and faulting them in again costs up to a third of a training step. No block is mapped on its
+    own (M_MMAP_MAX), because those of 32 MiB and more always would be. Does nothing where the C library is another.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return
-    for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 256 << 20)):
         mallopt(option, value)

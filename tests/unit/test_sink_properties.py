@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.sink import blocked
+from pipeline.sink import blocked, fused_cpu
 from pipeline.sink.backends import KERNELS
 from pipeline.sink.blocked import blocked_attention
 from pipeline.sink.column import blocked_sink_gradient, sink_gradient, sink_logprob
@@ -208,6 +208,25 @@ def test_sink_gradient_by_two_calls_of_a_kernel(name: str, data: st.DataObject) 
     torch.testing.assert_close(log_p.exp().double(), p, rtol=1e-4, atol=1e-6)
     for found, want in zip(grads, wanted, strict=True):
         near(found, want)
+
+
+@given(case=cases(rules=False))
+@modest
+def test_attention_and_sink_gradient_in_one_backward_pass_on_a_cpu(case: Case) -> None:
+    exact, scoring = case.exact()
+    wanted_out, _, attentions = dense(*exact[:3], case.segments, scoring)
+    p = dense_sink(attentions, case.position)
+    generator = torch.Generator().manual_seed(1)
+    grad_out, grad_p = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (wanted_out, p))
+    wanted = torch.autograd.grad((wanted_out * grad_out).sum() + (p * grad_p).sum(), exact[:3])
+
+    q, k, v = (x.detach() for x in case.single()[0])
+    out, lse = KERNELS["cpu_flash"].attend(q, k, v, case.segments, scoring, 0)
+    rule = (case.segments, case.position, scoring)
+    found = fused_cpu.attention_backward(q, k, v, out, lse, grad_out.float(), grad_p.float(), *rule)
+    for each, want in zip(found, wanted, strict=True):
+        # A text of one token has a gradient of 0, which its fp32 kernel leaves as a rounding of dO.
+        assert (each - want).norm() <= 1e-4 * want.norm() + 1e-6 * grad_out.norm()
 
 
 @given(case=cases(rules=True), data=st.data())

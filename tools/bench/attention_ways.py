@@ -5,7 +5,7 @@ but the sink or nothing of it: so each head can be made positive or negative at 
 
     attention      the kernel's own forward and backward pass
     two_call       the same, and the sink gradient by two more calls of the kernel (column.py)
-    fused          the kernel's forward pass, one Triton backward pass with the sink gradient in it (fused.py)
+    fused          the kernel's forward pass, one backward pass with the sink gradient in it (fused.py)
     fused_plain    the same without a sink gradient: what `fused` is compared with beside `attention`
 """
 
@@ -23,7 +23,7 @@ from pipeline.builtin_model import resolve_model
 from pipeline.sink.backends import KERNELS, Kernel
 from pipeline.sink.column import sink_logprob
 from pipeline.sink.divergence import SinkStep
-from pipeline.sink.fused import attention_backward, can_run
+from pipeline.sink.fused import choose_backward
 from pipeline.sink.injection import FusedSinkAttention, SinkPenalty
 from pipeline.sink.layout import Scoring, Segments
 from tools.bench.flops import groups_and_dim
@@ -69,6 +69,7 @@ class Layer:
         )
         self.v.requires_grad_()
         self.q_and_k = {name: self._inputs(share) for name, share in POSITIVE.items()}
+        self.backward = choose_backward(self.q_and_k["all"][0], self.v, self.scoring, self.kernel.attend)
 
     def _inputs(self, positive: float) -> tuple[Tensor, Tensor]:
         """q and k in which the sink takes about half of a late query's mass, and a share of heads is positive."""
@@ -95,7 +96,7 @@ class Layer:
         """Each way's forward and backward pass, in seconds; `two_call:half` has half of the heads positive."""
         found = {"attention": self._timed("all", self._attention)}
         found |= {f"two_call:{name}": self._timed(name, self._two_call) for name in POSITIVE}
-        if can_run(self.q_and_k["all"][0], self.v, self.scoring):
+        if self.backward is not None:
             found["fused_plain"] = self._timed("all", self._fused_plain)
             found |= {f"fused:{name}": self._timed(name, self._fused) for name in POSITIVE}
         return found
@@ -124,7 +125,7 @@ class Layer:
 
     def _fused(self, q: Tensor, k: Tensor, step: SinkStep) -> Tensor:
         out: Tensor = FusedSinkAttention.apply(  # type: ignore[no-untyped-call]
-            q, k, self.v, step, self.scoring, self.kernel.attend, 0
+            q, k, self.v, step, self.scoring, self.kernel.attend, self.backward, 0
         )
         return out
 
@@ -174,5 +175,6 @@ class _FusedPlain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, grad_p = ctx.saved_tensors
         layer: Layer = ctx.layer
-        found = attention_backward(q, k, v, out, lse, grads[0], grad_p, layer.segments, 0, layer.scoring)
+        assert layer.backward is not None
+        found = layer.backward(q, k, v, out, lse, grads[0], grad_p, layer.segments, 0, layer.scoring)
         return *found, None

@@ -23,7 +23,6 @@ from tools.bench import report, step_tables  # noqa: E402
 from tools.bench.layouts import Layout, Setting, cut_model, model_config  # noqa: E402
 from tools.bench.trl_sft import check_trl  # noqa: E402
 
-CPU_LAYERS = 4
 LENGTHS = (256, 512, 1024, 2048, 4096)
 CUDA_LENGTH = 8192
 
@@ -34,7 +33,7 @@ class StepArguments:
 
     model_name_or_path: str = field(default="builtin", metadata={"help": "Model folder or hub id, or 'builtin'."})
     layers: int | None = field(
-        default=None, metadata={"help": "Keep the model's first N layers. [default: 4 on CPU, all of them on CUDA]"}
+        default=None, metadata={"help": "Keep the model's first N layers. [default: all of them]"}
     )
     eager_layers: int = field(
         default=8,
@@ -101,7 +100,7 @@ def main() -> None:
     device = initialize_process_group(here)
     bf16 = device.type == "cuda" if arguments.bf16 is None else arguments.bf16
     whole = model_config(resolve_model(arguments.model_name_or_path)).get_text_config().num_hidden_layers
-    layers = min(arguments.layers or (CPU_LAYERS if device.type == "cpu" else whole), whole)
+    layers = min(arguments.layers or whole, whole)
     eager_layers = min(arguments.eager_layers, whole)
     lengths = arguments.lengths or [*LENGTHS, *([CUDA_LENGTH] if device.type == "cuda" else [])]
     resolved = {
