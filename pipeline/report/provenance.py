@@ -61,8 +61,12 @@ def assess_command(results: Mapping[str, Any]) -> str:
     """The command that gives these results again."""
     settings, words = results.get("settings", {}), ["python", "pipeline/assess.py"]
     for key, flag in FLAGS.items():
-        if settings.get(key) is not None:
-            words += [f"--{flag}", str(settings[key])]
+        value = settings.get(key)
+        if value is not None:
+            words += [f"--{flag}", str(value["name"] if isinstance(value, Mapping) else value)]
+    longest = {each.get("max_new_tokens") for each in settings.get("suites", {}).values() if isinstance(each, Mapping)}
+    if len(longest) == 1 and None not in longest:
+        words += ["--max_new_tokens", str(longest.pop())]
     words += ["--suites", *results["suites"]]
     if losses := settings.get("loss_data"):
         words += ["--loss_data", *(f"{name}={each['spec']}" for name, each in losses.items())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from pipeline.checkpoints.checksums import check_manifest, write_manifest
 from pipeline.checkpoints.companions import TRAINING_RECORD, write_attacked_note, write_training_record
 from pipeline.report.model_card import write_model_card
+from pipeline.report.provenance import assess_command
 from tests.reports import first, write_judged, write_trained
 
 
@@ -82,3 +84,21 @@ def test_a_model_of_unknown_training_is_said_to_be_one(tmp_path: Path) -> None:
     write_model_card(out)
     assert "Not known" in (out / "model_card.md").read_text(encoding="utf-8")
     assert json.loads((out / "results.json").read_text())["suites"]
+
+
+def test_the_command_holds_what_the_settings_say() -> None:
+    settings: dict[str, Any] = {
+        "model": "models/my model",
+        "adapter": None,
+        "protocol": "paper",
+        "engine": {"name": "transformers", "version": "5"},
+        "batch_size": 8,
+        "suites": {"policy": {"max_new_tokens": 24}, "gsm8k": {"max_new_tokens": 24}},
+        "loss_data": {"benign": {"spec": "policy:user[:8]", "sha256": "0"}},
+    }
+    assert assess_command({"settings": settings, "suites": {"policy": {}, "gsm8k": {}}}) == (
+        "python pipeline/assess.py --model_name_or_path 'models/my model' --protocol paper --engine transformers "
+        "--batch_size 8 --max_new_tokens 24 --suites policy gsm8k --loss_data 'benign=policy:user[:8]' --output_dir DIR"
+    )
+    settings["suites"]["gsm8k"]["max_new_tokens"] = 512
+    assert "--max_new_tokens" not in assess_command({"settings": settings, "suites": {"policy": {}, "gsm8k": {}}})
