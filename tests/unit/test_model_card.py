@@ -98,7 +98,8 @@ def test_the_command_holds_what_the_settings_say() -> None:
     }
     assert assess_command({"settings": settings, "suites": {"policy": {}, "gsm8k": {}}}) == (
         "python pipeline/assess.py --model_name_or_path 'models/my model' --protocol paper --engine transformers "
-        "--batch_size 8 --max_new_tokens 24 --suites policy gsm8k --loss_data 'benign=policy:user[:8]' --output_dir DIR"
+        "--batch_size 8 --max_new_tokens 24 --suites policy gsm8k --loss_data 'benign=policy:user[:8]' "
+        "--output_dir DIR"
     )
     settings["suites"]["gsm8k"]["max_new_tokens"] = 512
     assert "--max_new_tokens" not in assess_command({"settings": settings, "suites": {"policy": {}, "gsm8k": {}}})
