@@ -50,5 +50,8 @@ def scores(suite: Suite, verdicts: Path) -> dict[str, dict[str, Any]]:
             "n": n,
             "k": k,
             "verdicts": dict(sorted(counts.items())),
+            # What the verdicts file's lines count for: two models are compared prompt by prompt.
+            "kind": score.kind,
+            "hits": [score.verdict],
         }
     return found

@@ -18,12 +18,16 @@ from pipeline.config import ModelArguments, nearest
 from pipeline.data.chat import ChatEncoder, Example
 from pipeline.data.schema import read_conversations
 from pipeline.evaluation import policy
+from pipeline.evaluation.gate import read_conditions
 from pipeline.evaluation.generate import generate
 from pipeline.evaluation.jsonl import append_lines, resume_lines
 from pipeline.evaluation.judging import judge, scores
 from pipeline.evaluation.losses import cross_entropy
 from pipeline.evaluation.model import EvaluatedModel, pad_token
 from pipeline.evaluation.suite import Prompt, Suite
+from pipeline.report.comparison import read_row
+from pipeline.report.model_card import write_model_card
+from pipeline.report.page import write_report
 from pipeline.training.manifest import versions, write_json
 
 SUITES: dict[str, Suite] = {"policy": policy.SUITE}
@@ -44,6 +48,13 @@ class AssessArguments:
     max_new_tokens: int = field(default=24, metadata={"help": "Longest answer, in tokens."})
     max_length: int = field(default=1024, metadata={"help": "Longest conversation, in tokens."})
     system_prompt: str | None = field(default=None, metadata={"help": "System turn for prompts that have none."})
+    fail_if: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Release gate: exit code 3 if a condition holds, as in 'harmful_score>5' 'policy.accuracy<90' "
+            "(percent; unparsed verdicts count against the model)."
+        },
+    )
 
 
 def assess(model_arguments: ModelArguments, arguments: AssessArguments) -> dict[str, Any]:
@@ -64,6 +75,7 @@ def summary(results: dict[str, Any]) -> str:
             lines.append(f"{suite:<12} {name:<16} {share:>7}  ({interval}, {score['k']} of {score['n']})")
     for name, loss in results["losses"].items():
         lines.append(f"{'loss':<12} {name:<16} {loss['value']:>7.4f}  ({loss['tokens']} tokens)")
+    lines += [f"gate failed: {each['sentence']}" for each in results["gate"] if each["failed"]]
     return "\n".join(lines)
 
 
@@ -71,6 +83,8 @@ class _Evaluation:
     def __init__(self, model_arguments: ModelArguments, arguments: AssessArguments) -> None:
         _check(arguments)
         self.arguments = arguments
+        given = {name: [score.name for score in SUITES[name].scores] for name in arguments.suites}
+        self.gate = read_conditions(arguments.fail_if, given)
         self.folder = Path(arguments.output_dir or "")
         # All data is read before the model, so that a bad row is found at once.
         self.prompts: dict[str, list[Prompt]] = {
@@ -86,8 +100,13 @@ class _Evaluation:
         _keep_apart(self.folder / "settings.json", settings)
         suites = {name: self._suite(name) for name in self.prompts}
         losses = self._cross_entropies()
-        results = {"model": self.model.name, "suites": suites, "losses": losses, "settings": settings}
+        gate = [each.verdict(suites) for each in self.gate]
+        results = {
+            "model": self.model.name, "suites": suites, "losses": losses, "settings": settings, "gate": gate
+        }  # fmt: skip
         write_json(self.folder / "results.json", results)
+        write_report([read_row(Path(self.model.name).name, {"assess": [self.folder]})], self.folder)
+        write_model_card(self.folder)
         return results
 
     @cached_property

@@ -21,20 +21,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Errors: ValueError naming file and line."""
+    lines: list[dict[str, Any]] = []
+    try:
+        texts = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from error
+    for number, text in enumerate(texts, 1):
+        if not text and number == len(texts):
+            break
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}:{number}: expected an object in braces")
+        lines.append(line)
+    return lines
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, each with a whole number `step`. Errors: ValueError naming file and line."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {run} is not the folder of a training run")
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line.get("step"), int):
             raise ValueError(f"{path}:{number}: expected an object with a whole number `step`")
-        lines.append(line)
     return lines
 
 

@@ -79,3 +79,23 @@ def test_bad_input_exits_with_2_and_one_line(words: list[str | Path], tmp_path: 
         assert finished.stderr.strip().splitlines()[-1].startswith("error: ")
         assert message in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_release_gate_ends_with_its_own_exit_code_and_stands_in_the_results(
+    words: list[str | Path], tmp_path: Path
+) -> None:
+    words[words.index("--batch_size") + 1] = "110"
+    words += ["--output_dir", tmp_path, "--fail_if", "harmful_score>100"]
+    failed = assess(*words, "policy.accuracy<=100")
+    assert failed.returncode == 3, failed.stderr
+    assert "gate failed: policy.accuracy<=100: holds" in failed.stdout
+    gate = json.loads((tmp_path / "results.json").read_text())["gate"]
+    assert [each["failed"] for each in gate] == [False, True]
+    assert "Release gate failed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "model_card.md").is_file()
+    passed = assess(*words)  # nothing is generated again
+    assert passed.returncode == 0, passed.stderr
+    assert "Release gate passed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    refused = assess(*words, "acuracy<90")
+    assert refused.returncode == 2
+    assert "did you mean accuracy?" in refused.stderr
