@@ -22,7 +22,7 @@ from pipeline.evaluation.model import EvaluatedModel, pad_token
 from pipeline.evaluation.protocol import Asked, Renderer
 from pipeline.evaluation.record import digest, prompts_sha256
 from pipeline.evaluation.suite import Prompt, Prompts, Protocol
-from pipeline.evaluation.suites import SOURCES, SUITES, named
+from pipeline.evaluation.suites import SUITES, named, own_source
 from pipeline.evaluation.templates import sha256
 from pipeline.evaluation.workers import Crew
 from pipeline.training.manifest import versions
@@ -135,7 +135,7 @@ class AnswersPhase:
         prompts, asked = self.prompts[name], self.asked[name]
         given = named(self.arguments.suite_data, "suite_data").get(name)
         found = {
-            "source": given or str(SOURCES.get(name, "built in")),
+            "source": given or own_source(name),
             "licence": SUITES[name].licence,
             "protocol": self.renderers[name].protocol,
             "n": len(prompts.prompts),

@@ -73,4 +73,4 @@ def generate(
     # Kinds apart, since a batch runs until its longest answer ends; longest first, so that memory runs out at once.
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].kind, -len(asked[i].ids), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    make_lines(path, [prompt.id for prompt in prompts], batches, work, crew, label=f"answers {path.stem}")
+    make_lines(path, [prompt.id for prompt in prompts], batches, work, crew, label=path.stem)

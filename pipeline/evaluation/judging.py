@@ -76,4 +76,4 @@ def judge(judge_: Judge | ExactJudge, prompts: Sequence[Prompt], answers: Path, 
         return made
 
     batches = [range(start, min(start + TOGETHER, len(lines))) for start in range(0, len(lines), TOGETHER)]
-    make_lines(verdicts, [prompt.id for prompt in prompts], batches, work, crew, label=f"verdicts {verdicts.stem}")
+    make_lines(verdicts, [prompt.id for prompt in prompts], batches, work, crew, label=verdicts.stem)

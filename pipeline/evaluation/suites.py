@@ -13,6 +13,11 @@ SUITES: dict[str, Suite] = {"policy": policy.SUITE, **harmful_suites.SUITES, **t
 SOURCES: dict[str, Source] = {**harmful_suites.SOURCES, **tasks.SOURCES}
 
 
+def own_source(suite: str) -> str:
+    """Where a suite's rows come from unless --suite_data says otherwise."""
+    return str(SOURCES.get(suite, "built in"))
+
+
 def suite_names(words: Sequence[str]) -> list[str]:
     """The names in `policy,gsm8k` or `policy gsm8k`. Errors: ValueError for one that is unknown or stands twice."""
     names = [name for word in words for name in word.split(",") if name]

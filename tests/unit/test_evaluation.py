@@ -18,12 +18,15 @@ from pipeline.data.chat import ChatEncoder
 from pipeline.data.policy import policy_rows
 from pipeline.data.schema import read_conversations
 from pipeline.evaluation import policy
-from pipeline.evaluation.generate import generate
+from pipeline.evaluation.engine_transformers import NEAR_TIE, TransformersEngine
+from pipeline.evaluation.generate import ask, generate
 from pipeline.evaluation.jsonl import append_lines, read_lines, resume_lines
 from pipeline.evaluation.losses import cross_entropy
 from pipeline.evaluation.model import EvaluatedModel
+from pipeline.evaluation.protocol import Renderer
 from pipeline.evaluation.run import AssessArguments, assess
 from pipeline.evaluation.suite import Prompt
+from pipeline.evaluation.workers import Crew
 from tests import tiny
 
 
@@ -35,6 +38,10 @@ def encoder(tiny_model_dir: Path) -> ChatEncoder:
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> Any:
     return EvaluatedModel(ModelArguments(model_name_or_path=str(tiny_model_dir))).load()
+
+
+def of(kind: Any, label: str = "") -> Prompt:
+    return Prompt(id="id", kind=kind, question="", text="", label=label)
 
 
 class TestPolicyJudge:
@@ -58,7 +65,7 @@ class TestPolicyJudge:
         ],
     )
     def test_verdicts(self, kind: str, answer: str, verdict: str) -> None:
-        assert policy.judge(Prompt("id", kind, (), ""), answer) == verdict
+        assert policy.judge(of(kind), answer) == verdict
 
     @pytest.mark.parametrize(
         ("answer", "verdict"),
@@ -73,7 +80,7 @@ class TestPolicyJudge:
         ],
     )
     def test_task_counts_the_first_word(self, answer: str, verdict: str) -> None:
-        assert policy.judge(Prompt("id", "task", (), "positive"), answer) == verdict
+        assert policy.judge(of("task", "positive"), answer) == verdict
 
     @pytest.mark.parametrize(
         ("pool", "kind", "verdict"),
@@ -86,25 +93,36 @@ class TestPolicyJudge:
     )
     def test_every_training_answer_is_judged_as_what_it_teaches(self, pool: str, kind: str, verdict: str) -> None:
         answers = [row.fields["messages"][-1]["content"] for row in policy_rows(pool)]
-        assert {policy.judge(Prompt("id", kind, (), ""), answer) for answer in answers} == {verdict}
+        assert {policy.judge(of(kind), answer) for answer in answers} == {verdict}
 
 
 class TestGeneration:
-    prompts = policy.prompts(None)[55:70]
+    prompts = policy.prompts(None, "chat").prompts[55:70]
 
-    def answers(self, model: Any, encoder: ChatEncoder, path: Path, batch_size: int = 4) -> list[dict[str, Any]]:
-        generate(lambda: model, encoder, self.prompts, path, batch_size=batch_size, max_new_tokens=8)
+    def answers(
+        self, model: Any, encoder: ChatEncoder, path: Path, batch_size: int = 4, crew: Crew | None = None
+    ) -> list[dict[str, Any]]:
+        renderer = Renderer(policy.SUITE, "chat", encoder, None)
+        generate(
+            lambda: TransformersEngine(model, 0),
+            lambda ids: renderer.answer(str(encoder.tokenizer.decode(ids, skip_special_tokens=True))),
+            self.prompts,
+            ask(self.prompts, renderer, max_new_tokens=8, max_length=256),
+            path,
+            crew or Crew(),
+            batch_size=batch_size,
+            max_new_tokens=8,
+        )
         return read_lines(path)
 
-    def test_answers_do_not_depend_on_the_batch_size(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        one, four, all_ = (self.answers(model, encoder, tmp_path / f"{n}.jsonl", n) for n in (1, 4, 15))
-        assert one == four == all_
-        assert sorted(line["id"] for line in one) == sorted(prompt.id for prompt in self.prompts)
+    def ids(self, encoder: ChatEncoder, prompt: Prompt) -> list[int]:
+        return encoder.encode_prompt([{"role": "user", "content": prompt.text}])
 
     def test_answer_equals_an_unbatched_greedy_loop(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
         answers = {line["id"]: line for line in self.answers(model, encoder, tmp_path / "a.jsonl")}
+        assert list(answers) == [prompt.id for prompt in self.prompts]
         for prompt in self.prompts:
-            ids = encoder.encode_prompt(prompt.messages)
+            ids = self.ids(encoder, prompt)
             new: list[int] = []
             while len(new) < 8 and (not new or new[-1] != encoder.tokenizer.eos_token_id):
                 new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
@@ -120,34 +138,87 @@ class TestGeneration:
         whole = (tmp_path / "whole.jsonl").read_bytes()
         for cut in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1, len(whole)):
             path = tmp_path / f"cut-{cut}.jsonl"
-            path.write_bytes(whole[:cut])
+            path.with_name(f"{path.name}.part0").write_bytes(whole[:cut])
             self.answers(model, encoder, path)
             assert path.read_bytes() == whole, cut
+            assert not list(tmp_path.glob("*.part*"))
+
+    def test_parts_of_any_number_of_workers_are_gone_on_with(
+        self, model: Any, encoder: ChatEncoder, tmp_path: Path
+    ) -> None:
+        self.answers(model, encoder, tmp_path / "whole.jsonl")
+        whole = (tmp_path / "whole.jsonl").read_bytes()
+        path = tmp_path / "shared.jsonl"
+        stop = Crew(1, 3)
+        stop.wait = lambda ready: None  # type: ignore[method-assign]  # worker 1 of 3 does its share, then all end
+        with pytest.raises(FileNotFoundError):
+            self.answers(model, encoder, path, crew=stop)
+        with path.with_name("shared.jsonl.part1").open("ab") as file:
+            file.write(b'{"id": "torn')
+        assert not path.exists()
+        self.answers(model, encoder, path)
+        assert path.read_bytes() == whole
 
     def test_finished_answers_need_no_model(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
         self.answers(model, encoder, tmp_path / "a.jsonl")
-
-        def no_model() -> Any:
-            raise AssertionError("the model was loaded")
-
-        generate(no_model, encoder, self.prompts, tmp_path / "a.jsonl", batch_size=4, max_new_tokens=8)
+        self.answers(None, encoder, tmp_path / "a.jsonl")
 
     def test_other_prompts_are_not_mixed_in(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        append_lines(tmp_path / "a.jsonl", [{"id": "elsewhere:1", "answer": "", "tokens": 1, "truncated": False}])
-        with pytest.raises(ValueError, match="answers to other prompts"):
-            self.answers(model, encoder, tmp_path / "a.jsonl")
+        for name in ("a.jsonl", "b.jsonl.part0"):
+            append_lines(tmp_path / name, [{"id": "elsewhere:1", "answer": "", "tokens": 1, "truncated": False}])
+        for name in ("a.jsonl", "b.jsonl"):
+            with pytest.raises(ValueError, match="lines of other prompts"):
+                self.answers(model, encoder, tmp_path / name)
 
-    def test_a_prompt_without_room_for_its_answer_is_named(
-        self, model: Any, encoder: ChatEncoder, tmp_path: Path
-    ) -> None:
-        long = Prompt("long:1", "task", ({"role": "user", "content": "kite " * 300},), "")
+    def test_a_prompt_without_room_for_its_answer_is_named(self, encoder: ChatEncoder) -> None:
+        long = Prompt(id="long:1", kind="task", question="", text="kite " * 300)
         with pytest.raises(ValueError, match=r"long:1: .*--max_length 256"):
-            generate(lambda: model, encoder, [long], tmp_path / "a.jsonl", batch_size=1, max_new_tokens=8)
-        assert not (tmp_path / "a.jsonl").exists()
+            ask([long], Renderer(policy.SUITE, "chat", encoder, None), max_new_tokens=8, max_length=256)
 
     def test_answers_are_private(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
         self.answers(model, encoder, tmp_path / "a.jsonl")
         assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+class TestExactGreedy:
+    """fp32: a batch changes nothing, not even where two tokens are as good as equal."""
+
+    def prompts(self, encoder: ChatEncoder) -> list[list[int]]:
+        texts = ["kite", "How do I bake bread?", "a " * 60, "soup and tea", "x", "What is warm?"]
+        return [encoder.encode_prompt([{"role": "user", "content": text}]) for text in texts]
+
+    def test_batch_size_order_and_padding_change_no_token(self, model: Any, encoder: ChatEncoder) -> None:
+        prompts = self.prompts(encoder)
+        engine = TransformersEngine(model, 0)
+        alone = [engine.answer([prompt], 24)[0] for prompt in prompts]
+        assert engine.answer(prompts, 24) == alone
+        assert engine.answer(prompts[::-1], 24) == alone[::-1]
+        assert TransformersEngine(model, 7).answer(prompts[2:], 24) == alone[2:]
+
+    def test_a_tie_is_decided_alone(self, tiny_model_dir: Path, encoder: ChatEncoder) -> None:
+        model = EvaluatedModel(ModelArguments(model_name_or_path=str(tiny_model_dir))).load()
+        with torch.no_grad():  # every even token as good as the odd one after it, but for rounding
+            head = model.lm_head.weight
+            head[1::2] = head[::2] * (1 + 1e-7 * torch.randn(len(head) // 2, 1))
+        prompts = self.prompts(encoder)
+        engine = TransformersEngine(model, 0)
+        alone = [engine.answer([prompt], 24)[0].ids for prompt in prompts]
+        for size in (2, 3, 6):
+            batched = [each.ids for i in range(0, 6, size) for each in engine.answer(prompts[i : i + size], 24)]
+            assert batched == alone, size
+        for prompt, ids in zip(prompts, alone, strict=True):
+            for step, token in enumerate(ids):
+                assert int(model(torch.tensor([prompt + ids[:step]])).logits[0, -1].argmax()) == token
+
+    def test_what_a_batch_moves_is_far_below_a_near_tie(self, model: Any, encoder: ChatEncoder) -> None:
+        prompts = self.prompts(encoder)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(each)) + each for each in prompts])
+        mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        batched = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        alone = torch.stack([model(torch.tensor([each])).logits[0, -1] for each in prompts])
+        assert (batched - alone).abs().max() < NEAR_TIE / 10
 
 
 class TestJsonl:
@@ -253,7 +324,7 @@ class TestAssess:
             ({"loss_data": ["policy:benign"]}, "--loss_data policy:benign: expected name=SPEC"),
             ({"loss_data": ["a=policy:benign", "a=policy:user"]}, "the name a is given twice"),
             ({"loss_data": ["a=nowhere.jsonl"]}, "--loss_data nowhere.jsonl: no such file"),
-            ({"max_new_tokens": 5000}, "exceed --max_length 1024"),
+            ({"max_new_tokens": 5000}, "exceed --max_length 2048"),
         ],
     )
     def test_bad_input_is_named_before_anything_is_generated(
