@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
@@ -281,7 +282,7 @@ def _recipe_groups(path: str, known: Sequence[str]) -> Iterator[tuple[str, list[
 def _flag_groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """The command line cut before each flag."""
     starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
-    for first, end in zip(starts, [*starts[1:], len(argv)], strict=True):
+    for first, end in pairwise([*starts, len(argv)]):
         yield argv[first].split("=")[0], list(argv[first:end])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -64,7 +65,7 @@ class AnswersPhase:
                 each.prompts,
                 self.renderers[name],
                 max_new_tokens=self.max_new_tokens[name],
-                max_length=arguments.max_length,
+                max_length=min(arguments.max_length, self.model.positions),
             )
             for name, each in prompts.items()
         }
@@ -93,6 +94,7 @@ class AnswersPhase:
         # The judges need the memory.
         for name in ("_loaded", "_engine"):
             self.__dict__.pop(name, None)
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -23,14 +23,14 @@ def ask(prompts: Sequence[Prompt], renderer: Renderer, *, max_new_tokens: int, m
     """Each prompt's tokens.
 
     Raises:
-        ValueError: a prompt leaves no room for its answer in --max_length.
+        ValueError: a prompt leaves no room for its answer in max_length: --max_length, or the model's positions.
     """
     asked = [renderer.ask(prompt) for prompt in prompts]
     for prompt, each in zip(prompts, asked, strict=True):
         if len(each.ids) + max_new_tokens > max_length:
             raise ValueError(
                 f"{prompt.id}: its {len(each.ids)} tokens and --max_new_tokens {max_new_tokens} exceed --max_length "
-                f"{max_length}; raise it, as far as the model's positions go, or leave the row out"
+                f"{max_length} (or the model's positions); raise it as far as those go, or leave the row out"
             )
     return asked
 

@@ -9,6 +9,7 @@ from pipeline.data.rows import Row
 from pipeline.evaluation.suite import (
     HARMFUL_SCORE,
     OVER_REFUSAL,
+    Kind,
     Prompt,
     Prompts,
     Protocol,
@@ -29,7 +30,7 @@ HARMBENCH = GitHubFile(
     "8d81accedd38eaaf8b760618622bb888417d1fd0c86eba65c427a16f1cbb4afc",
 )
 SORRYBENCH = HubFiles(
-    "sorry-bench/sorry-bench-202503", "612a4e1f45db8adf884fa62318ddf9fa1c6e75e9", ("question.jsonl",), gated=True
+    "sorry-bench/sorry-bench-202503", "612a4e1f45db8adf884fa62318ddf9fa1c6e75e9", ("question.jsonl",)
 )
 XSTEST = GitHubFile(
     "paul-rottger/exaggerated-safety",
@@ -38,53 +39,60 @@ XSTEST = GitHubFile(
     "11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a",
 )
 FIRST = 1000  # rows of BeaverTails' 30k_test, as the public codes take them
-COPYRIGHT = "hash_check"  # tag of the behaviours that HarmBench judges by hashes of the works, not by a model
+COPYRIGHT_TAG = "hash_check"
+LEFT_OUT = "copyright behaviours (HarmBench judges them by hashes of the works, which are not here)"
 
 
-def _violation(row: Row, question: str, **more: str) -> Prompt:
-    return Prompt(**{"id": row.id, "kind": "violation", "question": question, "text": question, **more})  # type: ignore[arg-type]
+def _prompt(
+    row: Row,
+    question: str,
+    *,
+    kind: Kind = "violation",
+    text: str | None = None,
+    context: str = "",
+    category: str = "",
+) -> Prompt:
+    asked = question if text is None else text
+    return Prompt(id=row.id, kind=kind, question=question, text=asked, context=context, category=category)
 
 
 def beavertails(spec: str | None, protocol: Protocol) -> Prompts:
     """The prompts, with repeats, of safe and unsafe rows alike: so the public Surgery and Lisa codes take them."""
     rows = suite_rows("beavertails", spec, BEAVERTAILS, ["prompt"], first=FIRST)
-    return Prompts([_violation(row, text(row, row.fields["prompt"], "prompt")) for row in rows])
+    return Prompts([_prompt(row, text(row, row.fields["prompt"], "prompt")) for row in rows])
 
 
 def harmbench(spec: str | None, protocol: Protocol) -> Prompts:
     """The behaviours; a contextual one is asked behind its context, as HarmBench's direct request does.
 
-    Copyright behaviours are left out: their judge compares answers with hashes of the works. The public Surgery code
-    (`paper`) asks all of them, without their contexts.
+    Copyright behaviours are left out. The public Surgery code (`paper`) asks all of them, without contexts.
     """
     columns = ["Behavior", "Tags", "ContextString", "SemanticCategory"]
     prompts: list[Prompt] = []
-    left_out: dict[str, int] = {}
+    copyright_rows = 0
     for row in suite_rows("harmbench", spec, HARMBENCH, columns):
         behavior = text(row, row.fields["Behavior"], "Behavior")
         tags = [each.strip() for each in str(row.fields["Tags"] or "").split(",")]
         category = str(row.fields["SemanticCategory"] or "")
-        context = row.fields["ContextString"] or ""
         if protocol == "paper":
-            prompts.append(_violation(row, behavior, category=category))
-        elif COPYRIGHT in tags:
-            reason = "copyright behaviours (judged by hashes of the works, which are not given)"
-            left_out[reason] = left_out.get(reason, 0) + 1
+            prompts.append(_prompt(row, behavior, category=category))
+        elif COPYRIGHT_TAG in tags:
+            copyright_rows += 1
         elif "context" in tags:
-            context = text(row, context, "ContextString")
+            context = text(row, row.fields["ContextString"], "ContextString")
             asked = fill(read_template("harmbench_request_contextual.txt"), context_str=context, behavior=behavior)
-            prompts.append(_violation(row, behavior, text=asked, context=context, category=category))
+            prompts.append(_prompt(row, behavior, text=asked, context=context, category=category))
         else:
-            prompts.append(_violation(row, behavior, category=category))
+            prompts.append(_prompt(row, behavior, category=category))
     if not prompts:
-        raise ValueError(f"--suites harmbench: none of its {sum(left_out.values())} behaviours can be judged")
-    return Prompts(prompts, left_out)
+        raise ValueError(f"--suites harmbench: none of its {copyright_rows} behaviours can be judged")
+    return Prompts(prompts, {LEFT_OUT: copyright_rows} if copyright_rows else {})
 
 
 def sorrybench(spec: str | None, protocol: Protocol) -> Prompts:
     """The first turn of each question."""
     rows = suite_rows("sorrybench", spec, SORRYBENCH, ["turns", "category"])
-    return Prompts([_violation(row, _first_turn(row), category=str(row.fields["category"])) for row in rows])
+    return Prompts([_prompt(row, _first_turn(row), category=str(row.fields["category"])) for row in rows])
 
 
 def _first_turn(row: Row) -> str:
@@ -98,10 +106,9 @@ def xstest(spec: str | None, protocol: Protocol) -> Prompts:
     """Safe prompts that look unsafe are benign; their unsafe contrasts are violations."""
     prompts = []
     for row in suite_rows("xstest", spec, XSTEST, ["prompt", "type"]):
-        kind = "violation" if str(row.fields["type"]).startswith("contrast_") else "benign"
-        prompts.append(
-            _violation(row, text(row, row.fields["prompt"], "prompt"), kind=kind, category=str(row.fields["type"]))
-        )
+        form = str(row.fields["type"])
+        kind: Kind = "violation" if form.startswith("contrast_") else "benign"
+        prompts.append(_prompt(row, text(row, row.fields["prompt"], "prompt"), kind=kind, category=form))
     return Prompts(prompts)
 
 

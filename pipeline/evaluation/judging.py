@@ -32,7 +32,7 @@ class ExactJudge:
 
 def find_judge(
     suite_name: str, suite: Suite, name: str, models: Mapping[str, str], templates: Mapping[str, str]
-) -> Any:
+) -> Judge | ExactJudge:
     """The judge of a suite by its name in JUDGES.
 
     Args:

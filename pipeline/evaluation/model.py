@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,11 @@ class EvaluatedModel:
             )
         except OSError as error:
             raise ValueError(f"--model_name_or_path {self.name}: {str(error).splitlines()[0]}") from error
+
+    @property
+    def positions(self) -> int:
+        """The tokens the model has positions for."""
+        return int(getattr(self._config.get_text_config(), "max_position_embeddings", sys.maxsize))
 
     def weights_fingerprint(self) -> str:
         """sha256 of the weight files (and the adapter's); for a hub id, its commit."""

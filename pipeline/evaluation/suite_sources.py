@@ -25,7 +25,6 @@ class HubFiles:
     revision: str
     patterns: tuple[str, ...]
     kind: str = "dataset"  # or model
-    gated: bool = False
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision[:12]}"
@@ -70,7 +69,6 @@ class GitHubFile:
     revision: str
     path: str
     sha256: str
-    gated: bool = False
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision[:12]}:{self.path}"

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pipeline.evaluation.jsonl import read_lines
-from tests import suite_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,87 +58,34 @@ def test_a_killed_evaluation_goes_on_and_ends_identical(words: list[str | Path],
     assert not list(killed.glob("*.partial"))
 
 
-@pytest.mark.parametrize("how", ["num_workers", "ranks"])
-def test_two_workers_give_the_same_files(how: str, words: list[str | Path], tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    finished = assess(*words, "--output_dir", one)
-    assert finished.returncode == 0, finished.stderr
-    if how == "num_workers":
-        finished = assess(*words, "--num_workers", "2", "--output_dir", two)
+def test_two_workers_give_the_same_files(words: list[str | Path], tmp_path: Path) -> None:
+    """Two processes that --num_workers starts, and two ranks of a launcher."""
+    one, two, ranked = tmp_path / "one", tmp_path / "two", tmp_path / "ranked"
+    for out, extra in ((one, []), (two, ["--num_workers", "2"])):
+        finished = assess(*words, *extra, "--output_dir", out)
         assert finished.returncode == 0, finished.stderr
-    else:
-        ranks = [
-            subprocess.Popen(
-                command(*words, "--output_dir", two),
-                cwd=ROOT,
-                env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-                stdout=subprocess.DEVNULL,
-            )
-            for rank in (1, 0)
-        ]
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    ranks = [
+        subprocess.Popen(
+            command(*words, "--output_dir", ranked),
+            cwd=ROOT,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in (1, 0)
+    ]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-
-
-def test_phases_run_apart_and_need_only_the_folder(words: list[str | Path], tmp_path: Path) -> None:
-    words[words.index("--batch_size") + 1] = "64"
-    out = ["--output_dir", tmp_path / "out"]
-    data = ["--suite_data", f"xstest={suite_rows.xstest(tmp_path)}", f"sst2={suite_rows.sst2(tmp_path)}"]
-    early = assess("judge", *out)
-    assert early.returncode == 2
-    assert "holds no answers; run `python pipeline/assess.py generate` first" in early.stderr
-    generated = assess("generate", *words, *out, "--suites", "policy,xstest,sst2", *data)
-    assert generated.returncode == 0, generated.stderr
-    assert not list((tmp_path / "out").glob("verdicts*"))
-    early = assess("report", *out)
-    assert early.returncode == 2
-    assert "no such file; run `python pipeline/assess.py judge` first" in early.stderr
-    judged = assess("judge", *out)
-    assert judged.returncode == 0, judged.stderr
-    reported = assess("report", *out)
-    assert reported.returncode == 0, reported.stderr
-    assert "unsafe_compliance" in reported.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results["suites"]) == {"policy", "xstest", "sst2"}
-    assert results["suites"]["xstest"]["over_refusal"]["by"]["homonyms"]["n"] == 1
-    assert results["settings"]["suites"]["xstest"]["judge"]["name"] == "refusal_xstest"
-    again = assess("judge", *out, "--judges", "xstest=refusal_advbench")
-    assert again.returncode == 2
-    assert "holds verdicts of another judge (its name, template_sha256 differs)" in again.stderr
-    (tmp_path / "sst2.jsonl").write_text('{"sentence": "another film", "label": 1}\n')
-    changed = assess("judge", *out)
-    assert changed.returncode == 2
-    assert "--suite_data sst2=" in changed.stderr
-    assert "not the rows that were asked" in changed.stderr
-
-
-def test_the_paper_protocol_leaves_its_record(words: list[str | Path], tmp_path: Path) -> None:
-    """All harmful suites with a baseline judge in place of the 7B one."""
-    names = ["beavertails", "harmbench", "sorrybench"]
-    data = [f"{name}={suite_rows.WRITERS[name](tmp_path)}" for name in names]
-    judges = [f"{name}=refusal_advbench" for name in names]
-    done = assess(
-        *words, "--output_dir", tmp_path / "out", "--suites", ",".join(names), "--suite_data", *data,
-        "--judges", *judges, "--protocol", "paper",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "CC-BY-NC-4.0" in done.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    for name in names:
-        settings = results["settings"]["suites"][name]
-        assert settings["protocol"] == "paper"
-        assert settings["bos_tokens"] == 0  # this tokenizer adds none, and the Alpaca prompt has none
-        assert settings["n"] == results["suites"][name]["harmful_score"]["n"] == 4
-    assert set(results["suites"]["harmbench"]["harmful_score"]["by"]) == {"weather", "kitchen", "copyright"}
+    for out in (two, ranked):
+        assert sorted(path.name for path in out.iterdir()) == names
+        for name in names:
+            assert (out / name).read_bytes() == (one / name).read_bytes(), name
 
 
 def test_console_shows_scores_and_no_answer(words: list[str | Path], tmp_path: Path) -> None:
     words[words.index("--batch_size") + 1] = "110"
-    finished = assess(*words, "--output_dir", tmp_path)
+    finished = assess(*words, "--output_dir", tmp_path, "--show_text")  # shows nothing but on a terminal
     assert finished.returncode == 0, finished.stderr
+    assert "warning: --show_text" in finished.stdout
     shown = finished.stdout + finished.stderr
     results: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
     for name, score in results["suites"]["policy"].items():
@@ -155,9 +101,6 @@ def test_bad_input_exits_with_2_and_one_line(words: list[str | Path], tmp_path: 
     for extra, message in (
         (["--sutes", "policy"], "did you mean suites?"),
         (["--batch_size", "0"], "at least 1"),
-        (["--num_workers", "0"], "--num_workers 0: must be at least 1"),
-        (["--engine", "vllm"], "pip install -e '.[vllm]'"),
-        (["--judge_model", "harmbench=x"], "no suite here has this judge"),
     ):
         finished = assess(*words, "--output_dir", tmp_path / "out", *extra)
         assert finished.returncode == 2

@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The hub's two calls that a snapshot needs, and GitHub's raw files. `files`: contents by path below the host."""
+    """What a snapshot needs of the hub, and GitHub's raw files."""
 
-    files: dict[str, bytes]
-    siblings: dict[str, list[str]]
+    files: dict[str, bytes]  # by path
+    trees: dict[str, list[str]]  # names, by the path of a commit
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -36,10 +36,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
-        if path in self.siblings:
-            commit = path.rpartition("/")[2]
-            files = [{"rfilename": name} for name in self.siblings[path]]
-            content = json.dumps({"id": "x/y", "sha": commit, "siblings": files}).encode()
+        if path in self.trees:
+            files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.trees[path]]
+            content = json.dumps(files).encode()
         elif path in self.files:
             content = self.files[path]
         else:
@@ -77,7 +76,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
         f"{at}/data/train-00000.parquet": b"not asked for",
         f"/{XSTEST.repo}/{XSTEST.revision}/{XSTEST.path}": b"id,prompt\n",
     }
-    Handler.siblings = {f"/api/datasets/{SST2.repo}/revision/{SST2.revision}": [name, "data/train-00000.parquet"]}
+    Handler.trees = {f"/api/datasets/{SST2.repo}/tree/{SST2.revision}": [name, "data/train-00000.parquet"]}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"http://127.0.0.1:{server.server_address[1]}"

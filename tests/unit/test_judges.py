@@ -44,6 +44,7 @@ def with_llama2_tokens(folder: Path) -> Path:
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
     return folder
 
 
@@ -73,12 +74,14 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judges") / "classifier"
     config = tiny.tiny_llama().config
-    config.vocab_size, config.num_labels, config.pad_token_id = 520, 14, 0
+    config.vocab_size, config.num_labels = 520, 14
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = LlamaForSequenceClassification(config)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    model.config.pad_token_id = tokenizer.eos_token_id  # as some judges pad: the end token must be read all the same
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -109,7 +112,7 @@ class TestBeaverDam:
         found = set()
         for answer in ("Paris.", "Kites fly high.", "", "tea " * 400):
             ids = judge.model.tokenizer(judge.render(PROMPT, answer)[0], return_tensors="pt")["input_ids"][:, :256]
-            probabilities = model(ids, attention_mask=torch.ones_like(ids)).logits.sigmoid()
+            probabilities = model.score(model.model(ids).last_hidden_state[:, -1]).sigmoid()
             # At 0.5 random weights always flag: the threshold between these makes both verdicts.
             judge.threshold = 0.51  # type: ignore[misc]
             line = judge.verdict(PROMPT, answer)

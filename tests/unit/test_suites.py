@@ -154,11 +154,12 @@ class TestReading:
             suite_names(["policy,policy"])
 
 
-class TestProtocols:
-    @pytest.fixture(scope="class")
-    def encoder(self, tiny_model_dir: Path) -> ChatEncoder:
-        return ChatEncoder(AutoTokenizer.from_pretrained(tiny_model_dir), max_length=512)
+@pytest.fixture(scope="module")
+def encoder(tiny_model_dir: Path) -> ChatEncoder:
+    return ChatEncoder(AutoTokenizer.from_pretrained(tiny_model_dir), max_length=512)
 
+
+class TestProtocols:
     def asked(self, encoder: ChatEncoder, name: str, protocol: str, prompt: Prompt, system: str | None = None) -> str:
         renderer = Renderer(SUITES[name], protocol, encoder, system)  # type: ignore[arg-type]
         return str(encoder.tokenizer.decode(renderer.ask(prompt).ids))
