@@ -112,7 +112,8 @@ class AnswersPhase:
             "adapter": self.model.adapter,
             "weights_sha256": self.model.weights_fingerprint(),
             "protocol": self.protocol,
-            "engine": self.engine_used,
+            "engine": self.engine_used["name"],
+            "engine_version": self.engine_used["version"],
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "attention": "sdpa",
@@ -120,6 +121,7 @@ class AnswersPhase:
             "padding_side": "left",
             "batch_size": arguments.batch_size,
             "answers_depend_on_batch": not (fp32 and self.engine_used["name"] == "transformers"),
+            "max_new_tokens": arguments.max_new_tokens,  # null: each suite's own
             "max_length": arguments.max_length,
             "system_prompt": system,
             "encoder": self.encoder.fingerprint,

@@ -60,6 +60,7 @@ def test_a_killed_evaluation_goes_on_and_ends_identical(words: list[str | Path],
 
 def test_two_workers_give_the_same_files(words: list[str | Path], tmp_path: Path) -> None:
     """Two processes that --num_workers starts, and two ranks of a launcher."""
+    words[-3:] = ["8", "--max_new_tokens", "4"]
     one, two, ranked = tmp_path / "one", tmp_path / "two", tmp_path / "ranked"
     for out, extra in ((one, []), (two, ["--num_workers", "2"])):
         finished = assess(*words, *extra, "--output_dir", out)
