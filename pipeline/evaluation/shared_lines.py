@@ -37,12 +37,14 @@ def make_lines(
     Raises:
         ValueError: `path` or a part of it holds lines of other ids.
     """
-    if path.exists():
-        _check(path, [line["id"] for line in read_lines(path)], ids)
-        return
     mine = path.with_name(f"{path.name}.part{crew.rank}")
     resume_lines(mine)  # cuts a torn last line off
     done = {line["id"] for line in _parts(path)}
+    if path.exists():  # asked after the parts, which worker 0 removes once it has written it
+        _check(path, [line["id"] for line in read_lines(path)], ids)
+        if crew.main:
+            _remove_parts(path)
+        return
     if not done <= set(ids):
         _check(path, sorted(done), ids)
     share = [batch for i, batch in enumerate(batches) if i % crew.size == crew.rank]
@@ -76,6 +78,10 @@ def _merge(path: Path, ids: Sequence[str], crew: Crew) -> None:
 
     crew.wait(complete)
     write_lines(path, (found[each] for each in ids))
+    _remove_parts(path)
+
+
+def _remove_parts(path: Path) -> None:
     for part in path.parent.glob(f"{path.name}.part*"):
         part.unlink()
 

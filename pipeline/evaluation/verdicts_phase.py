@@ -11,7 +11,7 @@ import torch
 
 from pipeline.evaluation.judging import find_judge, judge
 from pipeline.evaluation.record import Record
-from pipeline.evaluation.suite import Prompts, Protocol
+from pipeline.evaluation.suite import EXACT, Prompts, Protocol
 from pipeline.evaluation.suites import SUITES, named
 from pipeline.evaluation.workers import Crew
 
@@ -30,10 +30,8 @@ class VerdictsPhase:
         self.folder = Path(arguments.output_dir or "")
         self.prompts = prompts
         chosen = named(arguments.judges, "judges", list(SUITES))
-        models, templates = (
-            named(arguments.judge_model, "judge_model"),
-            named(arguments.judge_template, "judge_template"),
-        )
+        models = named(arguments.judge_model, "judge_model")
+        templates = named(arguments.judge_template, "judge_template")
         self.names = {name: chosen.get(name, SUITES[name].judge[protocol]) for name in prompts}
         for flag, given in (("judge_model", models), ("judge_template", templates)):
             unused = [name for name in given if name not in self.names.values()]
@@ -42,7 +40,16 @@ class VerdictsPhase:
                     f"--{flag} {unused[0]}={given[unused[0]]}: no suite here has this judge; the judges are "
                     f"{', '.join(sorted(set(self.names.values()))) or 'none'}"
                 )
-        self.judges = {name: find_judge(name, SUITES[name], self.names[name], models, templates) for name in prompts}
+        # Suites of one judge share it: it is loaded once.
+        found = {
+            each: find_judge(name, SUITES[name], each, models, templates)
+            for name, each in self.names.items()
+            if each != EXACT
+        }
+        self.judges = {
+            name: found.get(each) or find_judge(name, SUITES[name], each, models, templates)
+            for name, each in self.names.items()
+        }
 
     def run(self, crew: Crew) -> None:
         """Makes what is missing of verdicts-SUITE.jsonl."""

@@ -17,8 +17,9 @@ from pipeline.evaluation.generate import ask, generate
 from pipeline.evaluation.jsonl import append_lines, read_lines
 from pipeline.evaluation.model import EvaluatedModel
 from pipeline.evaluation.protocol import Renderer
+from pipeline.evaluation.shared_lines import make_lines
 from pipeline.evaluation.suite import Prompt
-from pipeline.evaluation.workers import Crew
+from pipeline.evaluation.workers import Crew, start
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,22 @@ class TestExactGreedy:
         batched = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
         alone = torch.stack([model(torch.tensor([each])).logits[0, -1] for each in prompts])
         assert (batched - alone).abs().max() < NEAR_TIE / 10
+
+
+def failing(crew: Crew) -> None:
+    raise ValueError("no such tea")
+
+
+def test_a_worker_that_fails_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    crew = start(Crew(size=2), failing)
+    with pytest.raises(ValueError, match="worker 1 ended with code 2"):
+        crew.wait(lambda: False)
+    assert "error: worker 1: no such tea" in capfd.readouterr().out
+
+
+def test_parts_that_a_kill_left_beside_the_whole_file_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    append_lines(path, [{"id": "tea:1"}])
+    append_lines(tmp_path / "a.jsonl.part0", [{"id": "tea:1"}])
+    make_lines(path, ["tea:1"], [[0]], lambda batch: [], Crew(), label="test")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
