@@ -10,6 +10,12 @@ from pipeline.training.method import Method
 METHODS = {
     "sft": "pipeline.methods.sft:SFT",
     "surgery": "pipeline.methods.surgery:Surgery",
+    "vaccine": "pipeline.methods.vaccine:Vaccine",
+    "t_vaccine": "pipeline.methods.t_vaccine:TVaccine",
+    "repnoise": "pipeline.methods.repnoise:RepNoise",
+    "booster": "pipeline.methods.booster:Booster",
+    "tar": "pipeline.methods.tar:TAR",
+    "lisa": "pipeline.methods.lisa:Lisa",
 }
 
 

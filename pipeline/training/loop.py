@@ -53,12 +53,13 @@ class Loop:
         """One optimizer step; returns the gradient norm before clipping. Errors: NonFinite on all ranks together."""
         began = time.perf_counter()
         ctx = StepContext(
-            step=self.step, rank=self.run.world.rank, streams=self.run.streams, engine=self.engine.deepspeed,
+            step=self.step, steps=self.run.steps, rank=self.run.world.rank, streams=self.run.streams, engine=self.engine.deepspeed,
             token_loss=self.engine.token_loss, device=self.engine.device,
         )  # fmt: skip
         self.run.method.step(ctx)
         grad_norm = self._checked_norm(ctx)
         self.engine.deepspeed.step()
+        self.run.method.after_step(ctx)
         self.step += 1
         for name, values in ctx.metrics.items():
             self._sums.setdefault(name, []).append(torch.stack(values).mean())

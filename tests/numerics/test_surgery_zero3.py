@@ -46,7 +46,7 @@ def trained(surgery: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any
     """Every case and a broken one, on two ranks."""
     cases: dict[str, Any] = {name: {"argv": [*surgery, *flags]} for name, flags in CASES.items()}
     cases["options"] = {"argv": [*surgery, *OPTIONS]}
-    cases["detached-lse"] = {"argv": [*surgery, *CASES["full-plain-acc1"]], "detach_lse": True}
+    cases["detached-lse"] = {"argv": [*surgery, *CASES["full-plain-acc1"]], "broken": "detached-lse"}
     return train_cases(cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
 
