@@ -83,9 +83,7 @@ class DataArguments:
     )
     tamper_data: str | None = field(
         default=None,
-        metadata={
-            "help": "Harmful texts on which --method tar measures resistance, apart from those its adversary trains on."
-        },
+        metadata={"help": "Harmful texts on which --method tar measures resistance; its attacker trains on others."},
     )
     attack_data: str | None = field(
         default=None,

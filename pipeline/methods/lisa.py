@@ -1,4 +1,4 @@
-"""Lisa: alternate between the user's task and the alignment set, each drawn to where the other ended (arXiv 2405.18641).
+"""Lisa: the user's task and the alignment set in turn, each drawn to where the other ended (arXiv 2405.18641).
 
     in the alignment state:    CE(guide rows) + rho/2 ||w - w_ft||^2
     in the fine-tuning state:  CE(train rows) + rho/2 ||w - w_al||^2

@@ -1,16 +1,16 @@
-"""RepNoise: turn what a model represents of harmful texts into noise, where no fine-tuning finds it (arXiv 2405.14577).
+"""RepNoise: turn what a model represents of harmful texts into noise (arXiv 2405.14577).
 
     L = CE_m(refusal) + beta mean_l MMD( H_l m, N(0,I) m ) - alpha log( 1 + mean_i CE_m(head(norm(h_i))) )
 
 Each training row (a prompt and its refusal) has a harmful answer to the same prompt. m marks the answer's tokens that
-differ between the two at their place. On the harmful text: H_l is the output of MLP l, flattened to one vector a text;
+differ between the two at their place. On the harmful text: H_l is the output of MLP l, flattened to a vector a text;
 h_i are the inputs of the layers and the last hidden state. MMD is the biased estimate over a micro-batch, with five
 Gaussian kernels of bandwidths b 2^i, b = mean squared distance / 4, held constant. Alignment stage, or pre-release.
 
 Variant. The public code counts the last hidden state twice, the second time normed twice, and divides by the number
 counted once; here each counts once. It lets padding, and any token whose id is 0, decide what is trained; here texts
-have no padding and m lies within the answers. Ports of it in other papers pair texts at random. The refusal's CE is the
-token mean of the global batch; the other two terms are of a micro-batch and averaged.
+have no padding and m lies within the answers. Ports of it in other papers pair texts at random. The refusal's CE is
+the token mean of the global batch; the other two terms are of a micro-batch and averaged.
 
 MMD is blind in small micro-batches (constant for one text, so that is refused; 4 or more are advised), and the README
 of the public code asks for a search over learning rate, alpha and beta.

@@ -9,9 +9,9 @@ learning rate drawn anew each step; I: every --tamper_every-th of them, c_i = ex
 The gradient at w_i is applied to w_0 as it is (first order, as in the paper). Alignment stage, on a refusing model.
 
 Variant. The public code (FSDP1) has more attackers (retain-then-forget), takes the entropy over padding too, uses
-ScheduleFree AdamW outside, and holds a second model for h at the start; for refusals it replaces L_tr by DPO. Here there
-is one attacker, SFT on harmful rows; AdamW outside; and the starting weights' shards are put in place for one forward.
-Attackers' batches are global batches. No engine step is taken inside: it would advance the outer optimizer.
+ScheduleFree AdamW outside, and holds a second model for h at the start; for refusals it replaces L_tr by DPO. Here
+there is one attacker, SFT on harmful rows; AdamW outside; and the starting weights' shards are put in place for one
+forward. Attackers' batches are global batches. No engine step is taken inside: it would advance the outer optimizer.
 
 Cost: K (F+B) + K/every (F+B) + 2F + B a step: with the defaults 81 times SFT. --inner_steps 8 --tamper_every 4 is a
 small setting. Beside the optimizer: four fp32 and two model-dtype copies of the trained weights, sharded.
@@ -59,7 +59,7 @@ class TARConfig:
                 problems.append(f"--{name} {getattr(self, name)}: give 1 or more")
         if self.tamper_every > self.inner_steps:
             problems.append(
-                f"--tamper_every {self.tamper_every}: above --inner_steps {self.inner_steps} resistance is never measured"
+                f"--tamper_every {self.tamper_every}: above --inner_steps {self.inner_steps} nothing is measured"
             )
         for name in ("tamper_slope", "lamb_tr", "lamb_retain"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -82,6 +82,9 @@ class TAR(Method):
 
     def refuse_modules(self, model: Any) -> list[str]:
         return missing_blocks(model, "self_attn")
+
+    def batches_a_step(self, pool: str) -> int:
+        return int(self.config.inner_steps) if pool == "harmful" else 1
 
     def begin(self, shards: Shards) -> None:
         # Not saved: a resumed run starts from the same model, and loads its checkpoint after this.

@@ -42,7 +42,7 @@ class TokenLoss:
         self.fused = type(self.head) is nn.Linear and not any(getattr(config, name, None) for name in LOGIT_TRANSFORMS)
         self.chunk = max(1, LOGITS_AT_ONCE // config.vocab_size)
         self._targets: Tensor | None = None
-        self._score = token_nll
+        self._score: Score = token_nll
         if self.fused:
             self.head.forward = self._forward
 

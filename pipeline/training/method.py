@@ -78,8 +78,8 @@ class StepContext:
         return self._engine.module.config.get_text_config()
 
     def draw(self, stream: str, step: int | None = None) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a stream ("train", "harmful", ...), of this optimizer step or of another step of
-        the stream."""
+        """This rank's micro-batches of a stream ("train", "harmful", ...), of this optimizer step or of another step
+        of the stream."""
         source, step = self._streams[stream], self.step if step is None else step
         trained = source.trained_tokens(step)
         for micro in range(source.layout.accumulation):
@@ -120,7 +120,7 @@ class StepContext:
         return self.token_mean(self.token_losses(batch, batch.targets, **model_inputs), micro.trained_tokens)
 
     def token_losses(self, batch: PackedBatch, targets: Tensor, **inputs: Any) -> Tensor:
-        """Forward pass: the negative log-likelihood [N] (fp32) of each target [N] (`TokenLoss`, with what it takes)."""
+        """Forward pass: the negative log-likelihood [N] (fp32) of each target [N]; inputs as for `TokenLoss`."""
         losses: Tensor = self._token_loss(self._engine, targets, **model_kwargs(batch), **inputs)
         return losses
 
@@ -212,14 +212,18 @@ class Method(ABC):
         """Tokens a reference text needs at least."""
         return 1
 
+    def batches_a_step(self, pool: str) -> int:
+        """Global batches of a pool that one optimizer step draws; those of step s are s n .. s n + n - 1."""
+        return 1
+
     @abstractmethod
     def step(self, ctx: StepContext) -> None:
         """Forward and backward passes of one optimizer step; logs at least `loss` and `ce_loss`."""
 
-    def begin(self, shards: Shards) -> None:
+    def begin(self, shards: Shards) -> None:  # noqa: B027
         """Before the first step, and before a checkpoint is loaded: the weights are those the run starts from."""
 
-    def after_step(self, ctx: StepContext) -> None:
+    def after_step(self, ctx: StepContext) -> None:  # noqa: B027
         """After the optimizer's step."""
 
     def state(self) -> dict[str, Any]:
@@ -230,5 +234,5 @@ class Method(ABC):
         """The tensors of `shard_states`: fp32, in the order and form of `Shards.weights`."""
         return {}
 
-    def resume(self, state: Mapping[str, Any], shards: Mapping[str, list[Tensor]]) -> None:
+    def resume(self, state: Mapping[str, Any], shards: Mapping[str, list[Tensor]]) -> None:  # noqa: B027
         """Take back what `state` and `kept_shards` returned when the checkpoint was written."""

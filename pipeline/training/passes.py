@@ -93,8 +93,8 @@ def worst_shift_backward(
 
         a_l + eps_l,   eps_l = rho g_l / ( sqrt(sum_k ||g_k||^2) + 1e-7 ),   g_l = d CE / d a_l
 
-    eps is a constant of the backward pass that follows. Two forwards a micro-batch, one backward to activations, one to
-    weights; both see the same dropout.
+    eps is a constant of the backward pass that follows. Two forwards a micro-batch, one backward to activations, one
+    to weights; both see the same dropout.
 
     Returns the means over this rank's micro-batches of the cross-entropy with the shift and of that without.
     scope: the norm is over a micro-batch's tokens and layers, or (global) over the whole global batch's, for which the

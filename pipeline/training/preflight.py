@@ -28,6 +28,7 @@ from pipeline.data.streams import Layout, Stream
 from pipeline.sink.backends import choose
 from pipeline.sink.support import attention_refusals
 from pipeline.training.adapters import check_adapter
+from pipeline.training.budget import token_budget
 from pipeline.training.counts import skeleton, trained_counts
 from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
@@ -89,9 +90,8 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     with gather():
         ds_config, train = resolve_ds(train, parsed.given, config, here)
     if config is not None:
-        reasons = method.refuse(config.get_text_config(), ds_config)
-        reasons += shard_refusals(ds_config) if method.touches_shards else []
-        gather.problems += placed(reasons, model, train)
+        of_shards = shard_refusals(ds_config) if method.touches_shards else []
+        gather.problems += placed(method.refuse(config.get_text_config(), ds_config) + of_shards, model, train)
         with gather():
             check_adapter(config, lora, model)
 
@@ -102,25 +102,17 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     encoded: dict[str, EncodedPool] = {}
     if tokenizer is not None:
         encoded = _encode(pools, data, tokenizer, method, gather)
-    gather.problems += _short_references(encoded, method)
+    layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
+    gather.problems += _short_references(encoded, method) + _small_pools(encoded, method, layout)
     if encoded and not gather.problems:
         longest = max(int(pool.lengths.max()) for pool in encoded.values())
         gather.problems += placed(attention_refusals(config.get_text_config(), longest), model, train)
     gather.stop()
 
-    layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
-    gather.problems += _small_pools(encoded, method, layout)
-    gather.stop()
     streams = {
         name: Stream(name, pool, layout, train.seed) for name, pool in encoded.items() if not name.startswith("eval:")
     }
     steps = train.max_steps if train.max_steps > 0 else streams["train"].steps(train.num_train_epochs)
-    warnings = []
-    if len(encoded["train"]) < layout.global_batch:
-        warnings.append(
-            f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: "
-            "rows repeat within a step"
-        )
     prepared = Prepared(
         method_name=method_name, method=method, model=model, data=data, lora=lora, train=train, ds_config=ds_config,
         model_path=model_path, model_config=config, tokenizer=tokenizer, streams=streams,
@@ -129,7 +121,7 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
             name.replace(":", "_"): {"spec": spec, "rows": len(pool), "fingerprint": pool.fingerprint}
             for name, (spec, _) in pools.items() if (pool := encoded[name])
         },
-        budget={}, steps=steps, resume=None, warnings=warnings, world=here, checkpoint_bytes=0,
+        budget={}, steps=steps, resume=None, warnings=_warnings(encoded, layout), world=here, checkpoint_bytes=0,
     )  # fmt: skip
     with gather():
         prepared.budget = token_budget(prepared)
@@ -139,6 +131,15 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
         prepared.checkpoint_bytes = check_space(prepared)
     gather.stop()
     return prepared
+
+
+def _warnings(encoded: dict[str, EncodedPool], layout: Layout) -> list[str]:
+    if len(encoded["train"]) >= layout.global_batch:
+        return []
+    return [
+        f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: "
+        "rows repeat within a step"
+    ]
 
 
 def check_space(run: Prepared) -> int:
@@ -309,7 +310,7 @@ def _small_pools(encoded: dict[str, EncodedPool], method: Method, layout: Layout
         f"--{name}_data: its {len(encoded[name])} rows are fewer than the {layout.global_batch} that this --method "
         "draws a step: give more rows, or lower --per_device_train_batch_size"
         for name in drawn
-        if len(encoded[name]) < layout.global_batch
+        if name in encoded and len(encoded[name]) < layout.global_batch
     ]
 
 
@@ -328,36 +329,3 @@ def _short_references(encoded: dict[str, EncodedPool], method: Method) -> list[s
                 "the short rows"
             )
     return problems
-
-
-def token_budget(run: Prepared) -> dict[str, float]:
-    """Tokens of the planned run; errors: ValueError if a forward pass would exceed --max_tokens_per_device, naming its
-    rows."""
-    stream, layout = run.streams["train"], run.streams["train"].layout
-    each = run.method.reference_texts()
-    references = sum(each * int(run.streams[name].pool.lengths.max()) for name in run.method.pools if each)
-    partner = run.streams[run.method.paired].pool.lengths if run.method.paired else 0 * stream.pool.lengths
-    tokens = trained = largest = 0
-    cap = run.train.max_tokens_per_device
-    for step in range(run.steps):
-        rows = stream.global_batch(step)
-        lengths = stream.pool.lengths[rows] + partner[rows]
-        packed = lengths.reshape(layout.micro_batches, layout.rows).sum(1) + references
-        micro = int(packed.argmax())
-        if cap is not None and packed[micro] > cap:
-            names = ", ".join(stream.pool.row_id(int(i)) for i in stream.micro_batch(step, micro)[:4])
-            raise ValueError(
-                f"--max_tokens_per_device {cap}: step {step + 1} packs {packed[micro]} tokens on rank "
-                f"{micro % layout.ranks} ({names}{' ...' if layout.rows > 4 else ''}): lower "
-                "--per_device_train_batch_size and raise --gradient_accumulation_steps, or lower --max_length"
-            )
-        tokens += int(stream.pool.lengths[rows].sum())
-        trained += int(stream.pool.trained[rows].sum())
-        largest = max(largest, int(packed[micro]))
-    return {
-        "steps": run.steps,
-        "tokens_per_step": round(tokens / run.steps, 1),
-        "trained_tokens_per_step": round(trained / run.steps, 1),
-        "largest_packed_row": largest,
-        "reference_tokens_at_most": references,
-    }

@@ -91,9 +91,9 @@ def test_the_fictional_task_brings_every_pool(method: str, problems: Problems) -
         ("booster", ["--lamb", "-1", "--harmful_data", "{harmful}"], "--lamb -1.0: give a number of 0 or more"),
         ("lisa", ["--alignment_steps", "0", "--guide_data", "{harmful}"], "--alignment_steps 0: give 1 or more"),
         ("lisa", ["--proximal_after", "2", "--guide_data", "{harmful}"], "--proximal_after 2.0: give a share"),
-        ("tar", [*GOOD["tar"], "--tamper_every", "65"], "--tamper_every 65: above --inner_steps 64 resistance is never"),
+        ("tar", [*GOOD["tar"], "--tamper_every", "65"], "--tamper_every 65: above --inner_steps 64 nothing"),
         ("tar", [*GOOD["tar"], "--inner_learning_rates", "0"], "--inner_learning_rates 0.0: give numbers above 0"),
-        ("repnoise", [*GOOD["repnoise"], "--per_device_train_batch_size", "1"], "--per_device_train_batch_size 1: --me"),
+        ("repnoise", [*GOOD["repnoise"], "--per_device_train_batch_size", "1"], "--per_device_train_batch_size 1: --"),
     ],
 )  # fmt: skip
 def test_refused(method: str, words: list[str], expected: str, problems: Problems, files: dict[str, str]) -> None:

@@ -31,10 +31,10 @@ def base(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     config = json.loads((ROOT / "ds_configs/z3.json").read_text())
     config["zero_optimization"] |= {"sub_group_size": 2_000}
     (folder / "z3.json").write_text(json.dumps(config))
-    pools = {
-        name: str(write_jsonl(folder / f"{name}.jsonl", [chat_row(f"{name} {i}", "warm tea " * (i % 4 + 1)) for i in range(24)]))
-        for name in ("train", "harmful", "guide", "tamper")
-    }  # fmt: skip
+    pools = {}
+    for name in ("train", "harmful", "guide", "tamper"):
+        rows = [chat_row(f"{name} {i}", "warm tea " * (i % 4 + 1)) for i in range(24)]
+        pools[name] = str(write_jsonl(folder / f"{name}.jsonl", rows))
     flags = [
         "--train_data", pools["train"], "--model_name_or_path", str(tiny_model_dir), "--ds_config",
         str(folder / "z3.json"), "--cache_dir", str(folder / "cache"), "--learning_rate", "1e-3",
@@ -81,14 +81,6 @@ def weights(run_folder: Path) -> list[torch.Tensor]:
         found += states["fp32_flat_groups"]
         found += [each for state in states["optimizer_state_dict"]["state"].values() for each in state.values()]
     return found
-
-
-def test_a_checkpoint_of_another_method_is_refused(
-    server: Lives, base: tuple[list[str], dict[str, str]], tmp_path: Path
-) -> None:
-    run(server, base, "sft", tmp_path / "run", "--max_steps", "1")
-    with pytest.raises(AssertionError, match="another --method"):
-        run(server, base, "lisa", tmp_path / "run", "--max_steps", "2", "--resume_from_checkpoint", "auto")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             other = [
                 chat_row(row["messages"][0]["content"], words(random.Random(i), 1, 9)) for i, row in enumerate(rows)
             ]
+            sevens = [chat_row(row["messages"][0]["content"], "7" * 60) for row in rows]  # no token in common
+            files["sevens"] = str(write_jsonl(folder / "sevens.jsonl", sevens))
             files["paired"] = str(write_jsonl(folder / "paired.jsonl", other))
     return files
 
