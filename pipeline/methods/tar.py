@@ -118,9 +118,9 @@ class TAR(Method):
                 if i == 0:
                     ctx.log(harmful_loss=loss)
             for weight, gradient in zip(weights, ctx.shards.gradients(), strict=True):
-                weight.grad = gradient.clone()
-            ctx.shards.forget_gradients()
+                weight.grad = gradient
             attacker.step()
+            ctx.shards.forget_gradients()
             write(each.detach() for each in weights)
             if (i + 1) % config.tamper_every == 0:
                 weight_of_step = math.exp(config.tamper_slope * (i - (config.inner_steps - 1)))

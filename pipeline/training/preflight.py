@@ -36,7 +36,7 @@ from pipeline.training.method import Method
 from pipeline.training.prepared import Prepared
 from pipeline.training.run_folder import check_run_folder, keep_global_batch, resume_point
 from pipeline.training.settings import mixture_problems, settings_problems
-from pipeline.training.zero3 import shard_refusals
+from pipeline.training.zero3 import graph_refusals, shard_refusals
 
 KEEP = {
     "attack": "unsafe",
@@ -90,8 +90,7 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     with gather():
         ds_config, train = resolve_ds(train, parsed.given, config, here)
     if config is not None:
-        of_shards = shard_refusals(ds_config) if method.touches_shards else []
-        gather.problems += placed(method.refuse(config.get_text_config(), ds_config) + of_shards, model, train)
+        gather.problems += placed(_refusals(method, config.get_text_config(), ds_config), model, train)
         with gather():
             check_adapter(config, lora, model)
 
@@ -131,6 +130,15 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
         prepared.checkpoint_bytes = check_space(prepared)
     gather.stop()
     return prepared
+
+
+def _refusals(method: Method, model_config: Any, ds_config: dict[str, Any]) -> list[str]:
+    reasons = method.refuse(model_config, ds_config)
+    if method.touches_shards:
+        reasons += shard_refusals(ds_config)
+    if method.touches_shards or method.differentiates_activations:
+        reasons += graph_refusals(ds_config)
+    return reasons
 
 
 def _warnings(encoded: dict[str, EncodedPool], layout: Layout) -> list[str]:
@@ -247,7 +255,11 @@ def _read_pools(
     """(spec, rows) of "train", the method's pools, and "eval:<name>"."""
 
     def read(spec: str, flag: str, pool: str) -> list[Conversation]:
-        return read_conversations(spec, flag=flag, keep=KEEP.get(pool, "all"), system_prompt=data.system_prompt)  # type: ignore[arg-type]
+        aligns = pool == "guide" or (
+            pool == "train" and method.alignment
+        )  # never on a harmful answer beside a refusal
+        keep: Any = KEEP.get(pool, "all")
+        return read_conversations(spec, flag=flag, keep=keep, system_prompt=data.system_prompt, refusals=aligns)
 
     pools: dict[str, tuple[str, list[Conversation]]] = {}
     user, attack = None, None

@@ -82,6 +82,15 @@ def shard_refusals(ds_config: Mapping[str, Any]) -> list[str]:
     return [f"ds_config zero_optimization: this --method works on shards, and {each}: turn it off" for each in reasons]
 
 
+def graph_refusals(ds_config: Mapping[str, Any]) -> list[str]:
+    """Settings under which hooks on modules, or edits of shards, do not reach the passes that run."""
+    if (ds_config.get("compile") or {}).get("deepcompile"):
+        return [
+            "ds_config compile.deepcompile: this --method changes what passes see from outside the graph: turn it off"
+        ]
+    return []
+
+
 class Shards:
     """This rank's shards of the trained parameters: flat, padded with zeros to equal length on all ranks.
 

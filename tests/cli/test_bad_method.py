@@ -101,6 +101,32 @@ def test_refused(method: str, words: list[str], expected: str, problems: Problem
     assert any(expected.format(**files) in each for each in found), found
 
 
+@pytest.mark.parametrize("method", ["vaccine", "lisa", "repnoise"])
+def test_rows_with_a_refusal_align_on_it(method: str, model: Path, files: dict[str, str], tmp_path: Path) -> None:
+    """The common file of harmful answers with refusals beside them, given to every flag."""
+    rows = [{"prompt": f"prompt {i}", "response": "harmful warm", "refusal": "no", "is_safe": False} for i in range(8)]
+    both = str(write_jsonl(tmp_path / "both.jsonl", rows))
+    data = {
+        "vaccine": ["--train_data", both],
+        "lisa": ["--train_data", files["train"], "--guide_data", both],
+        "repnoise": ["--train_data", both, "--harmful_data", both],
+    }[method]
+    run = resolve([
+        "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "c"),
+        "--per_device_train_batch_size", "4", "--method", method, *data,
+    ])  # fmt: skip
+    wanted = {
+        "vaccine": {"train": "no"},
+        "lisa": {"guide": "no"},
+        "repnoise": {"train": "no", "harmful": "harmful warm"},
+    }
+    for pool, answer in wanted[method].items():
+        for i in range(8):
+            example = run.streams[pool].pool[i]
+            trained = [label for label in example.labels if label != -100]
+            assert run.tokenizer.decode(trained, skip_special_tokens=True).strip() == answer
+
+
 @pytest.mark.parametrize("method", ["vaccine", "t_vaccine", "repnoise"])
 def test_reentrant_checkpointing_has_no_activation_gradients(method: str, problems: Problems) -> None:
     flags = ["--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}']
@@ -108,6 +134,15 @@ def test_reentrant_checkpointing_has_no_activation_gradients(method: str, proble
     assert found.startswith('--gradient_checkpointing_kwargs {"use_reentrant": true}: ')
     assert problems("booster", *GOOD["booster"], *flags) == []
     assert problems("booster", *GOOD["booster"], *flags, "--rho", "1") != []
+
+
+@pytest.mark.parametrize("method", GOOD)
+def test_deepcompile_is_out_of_reach(method: str, problems: Problems, tmp_path: Path) -> None:
+    config = json.loads((ROOT / "ds_configs/z3.json").read_text()) | {"compile": {"deepcompile": True}}
+    path = tmp_path / "compiled.json"
+    path.write_text(json.dumps(config))
+    (found,) = problems(method, *GOOD[method], "--ds_config", str(path))
+    assert found.startswith(f"--ds_config {path}: compile.deepcompile: ")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed.lives import Lives, metrics
 from tests.ranks import ROOT
-from tests.tiny import chat_row, write_jsonl
+from tests.tiny import chat_row, tiny_llama, write_jsonl
 
 METHODS = {
     "lisa": ["--rho", "20", "--alignment_steps", "2", "--finetune_steps", "2", "--proximal_after", "0.2"],
@@ -69,18 +70,40 @@ def test_a_resumed_run_is_the_run_it_would_have_been(
             for one, other in zip(weights(again), weights(tmp_path / "straight"), strict=True):
                 assert torch.equal(one, other)
         for line, want in zip(lines, straight, strict=True):
-            # T-Vaccine's norm is of a rank's own micro-batch, which is the same row on any number of ranks.
+            # The same micro-batches on any number of ranks, so the same norms of a micro-batch's shift.
             assert line == pytest.approx(want, rel=2e-4, abs=1e-7)
+
+
+def test_what_a_method_keeps_stays_out_of_the_model(
+    server: Lives, base: tuple[list[str], dict[str, str]], tmp_path: Path
+) -> None:
+    """Lisa's reference lies among the optimizer's states: a checkpoint with it is whole, and it is no part of the
+    model."""
+    words = ["--alignment_steps", "1", "--finetune_steps", "1", "--max_steps", "2"]
+    run(server, base, "lisa", tmp_path / "lisa", "--rho", "0", *words)
+    checkpoint = str(tmp_path / "lisa" / "checkpoint-2")
+    server.run("tools/verify_checkpoint.py", checkpoint, logs=tmp_path / "verify")
+    server.run("tools/zero_to_hf.py", checkpoint, str(tmp_path / "model"), "--dtype", "fp32", logs=tmp_path / "hf")
+    states = moments(tmp_path / "lisa/checkpoint-2/global_step2")
+    assert sum(each["lisa_reference"].numel() for each in states) == sum(each["exp_avg"].numel() for each in states)
+    names = set(load_file(tmp_path / "model/model.safetensors"))
+    assert names == set(tiny_llama().state_dict())
 
 
 def weights(run_folder: Path) -> list[torch.Tensor]:
     """What the optimizer of each rank holds at the end: fp32 weights, moments, and what the method keeps."""
-    found = []
-    for path in sorted((run_folder / "checkpoint-6/global_step6").glob("*optim_states.pt")):
-        states = torch.load(path, weights_only=False)["optimizer_state_dict"]
-        found += states["fp32_flat_groups"]
-        found += [each for state in states["optimizer_state_dict"]["state"].values() for each in state.values()]
-    return found
+    folder = run_folder / "checkpoint-6/global_step6"
+    files = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*optim_states.pt"))]
+    flat = [each for file in files for each in file["optimizer_state_dict"]["fp32_flat_groups"]]
+    return flat + [each for state in moments(folder) for each in state.values()]
+
+
+def moments(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The optimizer's states of every flat tensor of every rank."""
+    files = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*optim_states.pt"))]
+    return [
+        state for file in files for state in file["optimizer_state_dict"]["optimizer_state_dict"]["state"].values()
+    ]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ HALF = {
         "tamper",
     ],
 }  # fmt: skip
+SFT = ["--method", "sft"]
+DROPOUT = ["--lora_r", "4", "--lora_dropout", "0.5", "--gradient_checkpointing"]
 GLOBAL = ["--method", "vaccine", "--rho", "0.1", "--scope", "global"]
 ALIKE = ["--method", "repnoise", "--harmful_data", "train", "--allow_overlap"]
 
@@ -117,8 +119,10 @@ def trained(
     """Every case and the broken ones, on two ranks."""
     cases: dict[str, Any] = {"-".join(case): {"argv": flags("-".join(case))} for case in CASES}
     common = [*base, "--model_name_or_path", str(tiny_model_dir), *STEPS]
-    others = {"sft": ["--method", "sft"], **NOTHING, "still": STILL, "alike": ALIKE}
+    others = {"sft": SFT, **NOTHING, "still": STILL, "alike": ALIKE}
     others |= {"2 rows x 2": [*GLOBAL, "--gradient_accumulation_steps", "2"]}
+    others |= {f"{name}, dropout": [*words, *DROPOUT] for name, words in (("sft", SFT), ("vaccine", GLOBAL[:2]))}
+    others["vaccine, dropout"] += ["--rho", "0"]
     others |= {"4 rows": [*GLOBAL, "--per_device_train_batch_size", "4"]}
     others |= {f"{name}, bf16": [*words, "--bf16", "true"] for name, words in HALF.items()}
     for name, words in others.items():
@@ -190,6 +194,12 @@ def test_a_method_without_strength_is_sft(name: str, trained: Any) -> None:
     if not name.startswith("tar"):  # which is drawn to the weights it started from, once it has left them
         assert max(distances(updates(found), updates(wanted)).values()) < 1e-4
         assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+
+
+def test_both_passes_draw_the_same_dropout(trained: Any) -> None:
+    found, wanted = trained("vaccine, dropout")[0], trained("sft, dropout")[0]
+    assert max(distances(found["gradients"], wanted["gradients"]).values()) < 1e-6
+    assert max(distances(updates(found), updates(wanted)).values()) < 1e-4
 
 
 def test_the_shift_has_the_norm_it_is_given(trained: Any) -> None:

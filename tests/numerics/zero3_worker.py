@@ -9,6 +9,7 @@ first ones when the optimizer stepped, frozen ones never moved, and the states w
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -117,6 +118,8 @@ def main() -> None:
     device = initialize_process_group(here)
     count_gathers()
     runs = {name: prepared(case["argv"]) for name, case in cases.items()}
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage in each case, and would look through all modules each time
     for name, run in runs.items():
         with broken(cases[name].get("broken")):
             saved = run_case(run, device)
