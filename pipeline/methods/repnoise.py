@@ -120,7 +120,7 @@ class RepNoise(Method):
             dim = output.shape[-1]
             found = output.new_zeros(len(harmful), longest, dim, dtype=torch.float32)
             for row, (start, end) in enumerate(zip(batch.bounds[first:], batch.bounds[first + 1 :], strict=False)):
-                found[row, : end - start] = output[0, start:end].float()
+                found[row, : end - start] = output[start:end].float()
             seed = int(ctx.generator("noise", index, layer).integers(2**62))
             generator = torch.Generator(ctx.device).manual_seed(seed)
             noise = torch.randn(found.shape, generator=generator, device=ctx.device)
@@ -162,12 +162,13 @@ def _norm(model: Any) -> Any:
 
 @contextmanager
 def _heard(model: Any, outputs: list[Tensor]) -> Iterator[None]:
-    """Fill `outputs` with every MLP's output, the first time it is computed (checkpointing computes it again)."""
+    """Fill `outputs` with every MLP's output [T,D], the first time it is computed: checkpointing computes it again."""
     modules = list(blocks(model, "mlp").values())
 
-    def hook(_: Any, __: Any, output: Tensor) -> None:
+    def hook(_: Any, __: Any, output: Any) -> None:
         if len(outputs) < len(modules):
-            outputs.append(output)
+            found = output[0] if isinstance(output, tuple) else output  # experts also return how they were routed
+            outputs.append(found.reshape(-1, found.shape[-1]))
 
     handles = [module.register_forward_hook(hook) for module in modules]
     yield
