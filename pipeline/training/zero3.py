@@ -150,6 +150,7 @@ class Shards:
         for parameter, value in zip(self._parameters, values, strict=True):
             assert parameter.ds_status.name == "NOT_AVAILABLE", "a write behind a gathered copy would not be seen"
             parameter.ds_tensor.copy_(value.view_as(parameter.ds_tensor))
+        _settle()
 
     def hold(self, names: Collection[str]) -> Callable[[], None]:
         """Remember some parameters as they are; returns what puts them back after the optimizer's step.
@@ -170,6 +171,7 @@ class Shards:
                 safe_set_local_fp32_param(parameter, weight)
                 for name, now in self._moments(parameter).items():
                     self._set_moment(parameter, name, moments.get(name, torch.zeros_like(now)))
+            _settle()
 
         return restore
 
@@ -211,6 +213,12 @@ class Shards:
         from deepspeed.utils import safe_set_local_optimizer_state
 
         safe_set_local_optimizer_state(parameter, value, name)
+
+
+def _settle() -> None:
+    """Wait for what was written to shards: gathers run on a stream of their own, which does not."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def squared_norm(shards: Iterable[Tensor]) -> Tensor:
