@@ -72,11 +72,19 @@ class DataArguments:
     )
     harmful_data: str | None = field(
         default=None,
-        metadata={"help": "Reference pool of harmful texts. [default with --method surgery: policy:harmful]"},
+        metadata={"help": "Pool of harmful texts that the method learns from. [default: policy:harmful]"},
     )
     harmless_data: str | None = field(
         default=None,
-        metadata={"help": "Reference pool of harmless texts. [default with --method surgery: policy:harmless]"},
+        metadata={"help": "Reference pool of harmless texts of --method surgery. [default: policy:harmless]"},
+    )
+    guide_data: str | None = field(
+        default=None,
+        metadata={"help": "Alignment rows that --method lisa returns to. [default: policy:align]"},
+    )
+    tamper_data: str | None = field(
+        default=None,
+        metadata={"help": "Harmful texts on which --method tar measures resistance; its attacker trains on others."},
     )
     attack_data: str | None = field(
         default=None,

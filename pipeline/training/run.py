@@ -16,13 +16,15 @@ from pipeline.config import SILENCE
 from pipeline.training.distributed import World, initialize_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.forecast import expectation, forecast, outcome
+from pipeline.training.generators import seed_everything
 from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
 from pipeline.training.method import NonFinite
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
 from pipeline.training.saving import SaveFailed, remove_leftovers
-from pipeline.training.state import load, open_checkpoint, seed_everything
+from pipeline.training.state import load, open_checkpoint
+from pipeline.training.zero3 import Shards
 
 
 def execute(run: Prepared) -> None:
@@ -63,6 +65,7 @@ def start(run: Prepared, device: torch.device) -> tuple[Engine, Loop]:
     marker = open_checkpoint(run.world, run.resume)
     engine = build_engine(run, device)
     seed_everything(run.train.seed, run.world.rank)
+    run.method.begin(Shards(engine.deepspeed))
     if marker is not None:
         load(run, engine, marker)
     step = marker.step if marker is not None else 0
