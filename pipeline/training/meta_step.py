@@ -60,7 +60,7 @@ def _step(model: Any, method: Method, row: Row, backward: Backward) -> None:
     if row.references:
         streams |= {name: _stream(name, row.references, 0) for name in method.pools}
     ctx = StepContext(
-        step=0, rank=0, streams=streams, engine=_Engine(model, backward), token_loss=TokenLoss(model),
+        step=0, steps=1, rank=0, streams=streams, engine=_Engine(model, backward), token_loss=TokenLoss(model),
         device=next(model.parameters()).device,
     )  # fmt: skip
     if row.references:

@@ -32,6 +32,8 @@ def planned_job(parsed: Parsed, method: Method, asked: PlanArguments) -> Job:
     train, cluster = parsed[TrainArguments], asked.cluster()
     gather = Gather()
     gather.problems += settings_problems(parsed.given - {"output_dir"}, method, data, lora, train)
+    with gather():
+        check_passes(method, train)
     train = replace(train, bf16=train.bf16 is not False)
     config, zero = None, None
     with gather():
@@ -85,6 +87,7 @@ def prepared_job(run: Prepared, gpu: Gpu, gpus_per_node: int, *, cuda: bool) -> 
 
     gpu: what it runs on; cuda: whether that is a GPU. Errors: ValueError for settings that are not planned.
     """
+    check_passes(run.method, run.train)
     layout, budget = run.streams["train"].layout, run.budget
     references = int(budget["reference_tokens_at_most"])
     texts = run.method.reference_texts() * len(run.method.pools)
@@ -100,6 +103,15 @@ def prepared_job(run: Prepared, gpu: Gpu, gpus_per_node: int, *, cuda: bool) -> 
         trained_share=min(1.0, budget["trained_tokens_per_step"] / (layout.global_batch * tokens)),
         checkpointing=run.train.gradient_checkpointing,
     )
+
+
+def check_passes(method: Method, train: TrainArguments) -> None:
+    """Errors: ValueError if a step of the method is more than one forward and one backward pass of a packed row."""
+    if method.touches_shards or method.differentiates_activations or (method.pools and not method.reference_texts()):
+        raise ValueError(
+            f"--method {train.method}: its step takes more than one forward and one backward pass, which is not "
+            "planned: plan --method sft, and multiply by the passes that the README's table of methods names"
+        )
 
 
 def read_zero(ds_config: dict[str, Any], ranks: int, train: TrainArguments) -> ZeroSettings:

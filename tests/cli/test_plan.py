@@ -86,6 +86,9 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         "--gradient_checkpointing_kwargs",
     ):
         assert flag in done.stderr
+    passes = plan("--model_name_or_path", "7b", "--method", "booster")
+    assert passes.returncode == 2
+    assert "--method booster: its step takes more than one forward and one backward pass" in passes.stderr
     wrong = plan("--gpu", "h100", "--nodes", 0, "--alfa", 3)
     assert wrong.returncode == 2
     for problem in (
