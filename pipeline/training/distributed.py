@@ -81,6 +81,21 @@ def together(here: World, action: Callable[[], None], *, main_only: bool = False
     return [f"rank {rank}: {each}" if here.size > 1 else each for rank, each in enumerate(found) if each is not None]
 
 
+def leave_process_group(here: World) -> None:
+    """The end of all collectives, on every rank; the door that called for them ends soon after.
+
+    gloo's connections of several ranks stay until the process is gone: taking their threads down aborts the
+    interpreter now and then ("terminate called without an active exception"), and the launcher calls a finished run
+    failed.
+    """
+    import torch.distributed as dist
+
+    if here.size > 1 and dist.get_backend() == "gloo":
+        dist.barrier()  # nobody's connection closes under another's last exchange
+    else:
+        dist.destroy_process_group()
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of returning them to the system.
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import SILENCE
-from pipeline.training.distributed import World, initialize_process_group
+from pipeline.training.distributed import World, initialize_process_group, leave_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.forecast import expectation, forecast, outcome
 from pipeline.training.generators import seed_everything
@@ -43,8 +43,7 @@ def execute(run: Prepared) -> None:
             print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
     except (NonFinite, SaveFailed) as error:
         stop(run.world, error)
-    finally:
-        dist.destroy_process_group()
+    leave_process_group(run.world)
 
 
 def stop(here: World, error: Exception) -> NoReturn:
