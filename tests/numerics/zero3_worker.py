@@ -29,6 +29,7 @@ from pipeline.training.preflight import prepare  # noqa: E402
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
 from tests.numerics.broken import broken  # noqa: E402
+from tests.ranks import end_rank  # noqa: E402
 
 GATHERS: list[int] = []  # elements of each parameter all-gather
 
@@ -125,7 +126,7 @@ def main() -> None:
             saved = run_case(run, device)
         if here.main:
             torch.save(saved, out / f"{name}.pt")
-    torch.distributed.destroy_process_group()
+    end_rank(here)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from pipeline.training.preflight import prepare  # noqa: E402
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
+from tests.ranks import end_rank  # noqa: E402
 
 STEPS = 3  # DeepSpeed learns the order of its weights in the first two
 WHOLE = {"most": 0}  # bytes of weights that were whole after a fetch
@@ -156,7 +157,7 @@ def main() -> None:
         found[name] = run_case(run, device)
         if here.main:
             out.write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    end_rank(here)
 
 
 main()

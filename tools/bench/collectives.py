@@ -47,10 +47,8 @@ def main() -> None:
     report.choose_device(sys.argv[1:])
     arguments = parse([CollectivesArguments], sys.argv[1:], description=__doc__)[CollectivesArguments]
 
-    import torch.distributed as dist
-
     from pipeline.builtin_model import resolve_model
-    from pipeline.training.distributed import initialize_process_group, world
+    from pipeline.training.distributed import initialize_process_group, leave_process_group, world
     from tools.bench.counting import Counter, count_steps
     from tools.bench.layouts import Layout, Setting, resolve
     from tools.bench.steps import StepBench
@@ -71,7 +69,7 @@ def main() -> None:
         }
         with StepBench(setting, device, 1) as bench:
             counts = {name: count_steps(step, counter, arguments.steps) for name, step in bench.steps(runs).items()}
-    dist.destroy_process_group()
+    leave_process_group(here)
     if not here.main:
         return
     found = report.header(device, asdict(arguments) | {"bf16": bf16, "ranks": here.size})
