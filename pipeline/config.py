@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import time
@@ -362,6 +363,26 @@ def peek(name: str, argv: Sequence[str]) -> str | None:
     return None if value is None else str(value)
 
 
+def out_of_range(settings: Any, names: Iterable[str], lowest: float, end: float = math.inf) -> list[str]:
+    """A problem for each of some settings whose value is neither None nor in [lowest, end); NaN and infinity are in no
+    range."""
+    expected = f"{lowest} or more" + (f", below {end}" if end < math.inf else "")
+    values = {name: getattr(settings, name) for name in names}
+    return [
+        f"--{name} {value}: give {expected}"
+        for name, value in values.items()
+        if value is not None and not lowest <= value < end
+    ]
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank at once. The interpreter's own end would take down what is left of the process group, and that aborts
+    it now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run_door(main: Callable[[], None]) -> NoReturn:
     """Run a door: exit 0, or print each problem and exit 2 on a ValueError of the user's input."""
     try:
@@ -376,8 +397,5 @@ def run_door(main: Callable[[], None]) -> NoReturn:
             print(f"error: rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         sys.exit(2)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The interpreter's end would take down what is left of the process group, which aborts it now and then.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        end_process(0)
     sys.exit(0)

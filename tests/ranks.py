@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
+from pipeline.config import end_process
 from pipeline.training.distributed import World, leave_process_group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +28,7 @@ def free_port() -> int:
 def end_rank(here: World) -> NoReturn:
     """The end of a worker's process, as that of a door's: why not simply return, `leave_process_group` says."""
     leave_process_group(here)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_process(0)
 
 
 def run_ranks(script: Path | str, *arguments: str, ranks: int, timeout: float = 600) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +94,7 @@ class JudgeModel:
         return model.to(self.device).eval()
 
 
-class ModelJudge:
+class ModelJudge(ABC):
     """What judges that are models share.
 
     given: a folder in place of the pinned one. template: what --judge_template names, a built-in prompt or a file.
@@ -112,12 +113,13 @@ class ModelJudge:
         self.dtype = self.dtype or evaluation_device()[1]
         self._loaded: Any = None
 
+    @abstractmethod
     def _use(self, template: str | None) -> None:
-        raise NotImplementedError
+        """Read the prompt that --judge_template names, and what of it an answer must not hold."""
 
+    @abstractmethod
     def verdict(self, prompt: Prompt, answer: str) -> dict[str, Any]:
         """See judges.Judge."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,6 @@ Cost: 3 forwards and 3 backwards (4 and 4, one of them without weight gradients,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Problems
+from pipeline.config import Problems, out_of_range
 from pipeline.training.generators import rng_state, set_rng_state
 from pipeline.training.method import Method, StepContext
 from pipeline.training.passes import blocks, missing_blocks, worst_shift_backward
@@ -45,12 +44,7 @@ class BoosterConfig:
     rho: float = field(default=0.0, metadata={"help": "Norm of Vaccine's shift on the alignment rows; 0: none."})
 
     def __post_init__(self) -> None:
-        problems = [
-            f"--{name} {value}: give a number of 0 or more"
-            for name, value in vars(self).items()
-            if not 0 <= value < math.inf
-        ]
-        if problems:
+        if problems := out_of_range(self, vars(self), 0):
             raise Problems(problems)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Problems
+from pipeline.config import Problems, out_of_range
 from pipeline.training.method import Method, StepContext
 from pipeline.training.zero3 import Shards, squared_norm
 
@@ -47,9 +47,7 @@ class LisaConfig:
         problems = []
         if not 0 <= self.rho < math.inf:
             problems.append(f"--rho {self.rho}: the weight of the pull is a number of 0 or more")
-        for name in ("alignment_steps", "finetune_steps"):
-            if getattr(self, name) < 1:
-                problems.append(f"--{name} {getattr(self, name)}: give 1 or more")
+        problems += out_of_range(self, ("alignment_steps", "finetune_steps"), 1)
         if not 0 <= self.proximal_after <= 1:
             problems.append(f"--proximal_after {self.proximal_after}: give a share between 0 and 1")
         if problems:

@@ -21,7 +21,6 @@ on L + 2 sets of hidden states in one call, and every MLP's output on the harmfu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Problems
+from pipeline.config import Problems, out_of_range
 from pipeline.data.chat import IGNORE, Example
 from pipeline.data.packing import PackedBatch, pack
 from pipeline.training.method import Method, StepContext
@@ -47,12 +46,7 @@ class RepNoiseConfig:
     beta: float = field(default=0.001, metadata={"help": "Weight of the distance to noise."})
 
     def __post_init__(self) -> None:
-        problems = [
-            f"--{name} {value}: give a number of 0 or more"
-            for name, value in vars(self).items()
-            if not 0 <= value < math.inf
-        ]
-        if problems:
+        if problems := out_of_range(self, vars(self), 0):
             raise Problems(problems)
 
 

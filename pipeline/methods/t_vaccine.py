@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import Problems
+from pipeline.config import Problems, out_of_range
 from pipeline.training.method import Method, NonFinite, StepContext
 from pipeline.training.passes import blocks, missing_blocks, shift_gradients, squared_sum, worst_shift_backward
 
@@ -46,9 +46,7 @@ class TVaccineConfig:
         problems = []
         if not 0 <= self.rho < math.inf:
             problems.append(f"--rho {self.rho}: the norm of the shift is a number of 0 or more")
-        for name in ("perturbed_layers", "resample_every", "score_every"):
-            if getattr(self, name) < 1:
-                problems.append(f"--{name} {getattr(self, name)}: give 1 or more")
+        problems += out_of_range(self, ("perturbed_layers", "resample_every", "score_every"), 1)
         if problems:
             raise Problems(problems)
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Problems
+from pipeline.config import Problems, out_of_range
 from pipeline.data.packing import PackedBatch
 from pipeline.training.generators import rng_state, set_rng_state
 from pipeline.training.losses import token_entropy
@@ -53,17 +53,12 @@ class TARConfig:
     lamb_retain: float = field(default=1.0, metadata={"help": "Weight of what is to be retained."})
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("inner_steps", "tamper_every"):
-            if getattr(self, name) < 1:
-                problems.append(f"--{name} {getattr(self, name)}: give 1 or more")
+        problems = out_of_range(self, ("inner_steps", "tamper_every"), 1)
         if self.tamper_every > self.inner_steps:
             problems.append(
                 f"--tamper_every {self.tamper_every}: above --inner_steps {self.inner_steps} nothing is measured"
             )
-        for name in ("tamper_slope", "lamb_tr", "lamb_retain"):
-            if not 0 <= getattr(self, name) < math.inf:
-                problems.append(f"--{name} {getattr(self, name)}: give a number of 0 or more")
+        problems += out_of_range(self, ("tamper_slope", "lamb_tr", "lamb_retain"), 0)
         if not self.inner_learning_rates or not all(0 < each < math.inf for each in self.inner_learning_rates):
             rates = " ".join(map(str, self.inner_learning_rates))
             problems.append(f"--inner_learning_rates {rates}: give numbers above 0")

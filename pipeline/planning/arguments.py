@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from pipeline.config import Problems, nearest
+from pipeline.config import Problems, nearest, out_of_range
 from pipeline.planning.hardware import GPUS, Cluster, Efficiency, Gpu
 
 
@@ -37,9 +37,7 @@ class PlanArguments:
             problems.append(
                 f"--gpu {self.gpu} is unknown{nearest(self.gpu, GPUS, otherwise='')}; known: {', '.join(GPUS)}"
             )
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                problems.append(f"--{name} {getattr(self, name)}: give 1 or more")
+        problems += out_of_range(self, ("nodes", "gpus_per_node"), 1)
         for name in ("gpu_memory_gib", "gpu_tflops", "node_link_gbs", "network_gbs"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 problems.append(f"--{name} {value}: give more than 0")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from pipeline.config import SILENCE
+from pipeline.config import SILENCE, end_process
 from pipeline.training.distributed import World, initialize_process_group, leave_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.forecast import expectation, forecast, outcome
@@ -56,7 +56,7 @@ def stop(here: World, error: Exception) -> NoReturn:
         if not here.main:
             time.sleep(SILENCE + 2 * here.local_rank)
             print(f"error: rank {here.rank}: {error}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    end_process(1)
 
 
 def start(run: Prepared, device: torch.device) -> tuple[Engine, Loop]:

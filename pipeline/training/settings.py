@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config import DataArguments, LoraArguments, TrainArguments
+from pipeline.config import DataArguments, LoraArguments, TrainArguments, out_of_range
 from pipeline.training.method import Method
 from pipeline.training.metrics import missing_tracker
 
@@ -116,13 +117,8 @@ def mixture_problems(data: DataArguments, seed: int) -> list[str]:
 
 
 def _impossible(data: DataArguments, lora: LoraArguments, train: TrainArguments) -> list[str]:
-    values = {**asdict(data), **asdict(lora), **asdict(train)}
-    problems = []
-    for (lowest, end), names in RANGES.items():
-        expected = f"{lowest} or more" + (f", below {end}" if end < math.inf else "")
-        for name in names:
-            if values[name] is not None and not lowest <= values[name] < end:
-                problems.append(f"--{name} {values[name]}: give {expected}")
+    values = SimpleNamespace(**asdict(data), **asdict(lora), **asdict(train))
+    problems = [each for (lowest, end), names in RANGES.items() for each in out_of_range(values, names, lowest, end)]
     if train.max_steps < 1 and train.max_steps != TrainArguments.max_steps:
         problems.append(f"--max_steps {train.max_steps}: give 1 or more, or leave it out for --num_train_epochs")
     if train.max_steps < 1 and not 0 < train.num_train_epochs < math.inf:

@@ -88,7 +88,7 @@ def test_the_fictional_task_brings_every_pool(method: str, problems: Problems) -
         ("vaccine", ["--train_data", "policy:user"], "--train_data policy:user: --method vaccine trains on the align"),
         ("vaccine", ["--rho", "-1"], "--rho -1.0: the norm of the shift is a number of 0 or more"),
         ("vaccine", ["--rho", "nan"], "--rho nan: the norm of the shift is a number of 0 or more"),
-        ("booster", ["--lamb", "-1", "--harmful_data", "{harmful}"], "--lamb -1.0: give a number of 0 or more"),
+        ("booster", ["--lamb", "-1", "--harmful_data", "{harmful}"], "--lamb -1.0: give 0 or more"),
         ("lisa", ["--alignment_steps", "0", "--guide_data", "{harmful}"], "--alignment_steps 0: give 1 or more"),
         ("lisa", ["--proximal_after", "2", "--guide_data", "{harmful}"], "--proximal_after 2.0: give a share"),
         ("tar", [*GOOD["tar"], "--tamper_every", "65"], "--tamper_every 65: above --inner_steps 64 nothing"),

@@ -16,8 +16,10 @@ from peft import get_peft_model
 
 from pipeline.methods import load_method
 from pipeline.training.adapters import lora_config
+from pipeline.training.distributed import World
+from tests.command_lines import prepared
 from tests.numerics import plain, plain_noise
-from tests.numerics.cases import distances, prepared, train_cases, updates
+from tests.numerics.cases import distances, train_cases, updates
 from tests.tiny import tiny_llama
 
 GRADIENT, UPDATE = 1e-4, 1e-3  # relative, of each tensor's norm
@@ -141,7 +143,7 @@ def expected(flags: Any, trained: Any) -> Any:
     @cache
     def compute(method: str, kind: str, layout: str) -> dict[str, Any]:
         name = f"{method}-{kind}-{layout}"
-        run = prepared(flags(name), ranks=2)
+        run = prepared(flags(name), World(0, 0, 2))
         model = tiny_llama().train()
         model.set_attn_implementation("eager")
         if kind == "lora":

@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek
-from pipeline.methods import load_method
 from pipeline.training.distributed import initialize_process_group, world
 
 here = world()
 import deepspeed  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from pipeline.training.preflight import prepare  # noqa: E402
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
+from tests.command_lines import prepared  # noqa: E402
 from tests.numerics.broken import broken  # noqa: E402
 from tests.ranks import end_rank  # noqa: E402
 
@@ -59,16 +57,6 @@ def full_tensors(engine: Any) -> dict[str, torch.Tensor]:
 def seen(engine: Any) -> list[torch.Tensor]:
     """This rank's shards of all parameters, as a forward pass would gather them."""
     return [each.ds_tensor.clone() for each in engine.deepspeed.module.parameters()]
-
-
-def prepared(argv: list[str]) -> Prepared:
-    """A case, resolved as the door resolves it."""
-    name = peek("method", argv) or "surgery"
-    method = load_method(name)
-    parsed = parse(
-        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test"
-    )
-    return prepare(parsed, name, method(parsed[method.Config]), here)
 
 
 def run_case(run: Prepared, device: torch.device) -> dict[str, Any]:
@@ -118,7 +106,7 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     device = initialize_process_group(here)
     count_gathers()
-    runs = {name: prepared(case["argv"]) for name, case in cases.items()}
+    runs = {name: prepared(case["argv"], here) for name, case in cases.items()}
     gc.collect()
     gc.freeze()  # DeepSpeed collects garbage in each case, and would look through all modules each time
     for name, run in runs.items():

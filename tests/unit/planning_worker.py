@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek
-from pipeline.methods import load_method
 from pipeline.training.distributed import initialize_process_group, world
 
 here = world()
@@ -23,9 +21,9 @@ import deepspeed  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 
-from pipeline.training.preflight import prepare  # noqa: E402
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
+from tests.command_lines import prepared  # noqa: E402
 from tests.ranks import end_rank  # noqa: E402
 
 STEPS = 3  # DeepSpeed learns the order of its weights in the first two
@@ -93,16 +91,6 @@ def states_of(engine: Any) -> dict[str, int]:
     }
 
 
-def prepared(argv: list[str]) -> Prepared:
-    """A case, resolved as the door resolves it."""
-    name = peek("method", argv) or "surgery"
-    method = load_method(name)
-    parsed = parse(
-        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test"
-    )
-    return prepare(parsed, name, method(parsed[method.Config]), here)
-
-
 def run_case(run: Prepared, device: torch.device) -> dict[str, Any]:
     """Train a few steps and count in the last one."""
     engine, loop = start(run, device)
@@ -151,7 +139,8 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     device = initialize_process_group(here)
     watch_gathers()
-    runs = {name: prepared(argv) for name, argv in cases.items()}  # before a ZeRO-3 engine changes how models are made
+    # Before a ZeRO-3 engine changes how models are made.
+    runs = {name: prepared(argv, here) for name, argv in cases.items()}
     found = {}
     for name, run in runs.items():
         found[name] = run_case(run, device)

@@ -91,9 +91,11 @@ class TestPhases:
         with pytest.raises(ValueError, match="none of its 3 verdicts could be parsed"):
             self.run(out, "report")
 
-    def test_a_task_of_the_harness_without_it_names_the_command(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        if importlib.util.find_spec("lm_eval"):
-            pytest.skip("lm-evaluation-harness is installed")
+    def test_a_task_of_the_harness_without_it_names_the_command(
+        self, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
         with pytest.raises(ValueError, match=r"pip install -e '\.\[lm-eval\]'"):
             self.run(tmp_path, "generate", tiny_model_dir, lm_eval_tasks=["kites"])
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, parse, run_door  # noqa: E402
+from pipeline.config import Problems, out_of_range, parse, run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
 
 
@@ -34,11 +34,7 @@ class CollectivesArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
-        problems = []
-        for flag, least in (("texts", 1), ("tokens", 64), ("steps", 1)):
-            if getattr(self, flag) < least:
-                problems.append(f"--{flag} {getattr(self, flag)}: give {least} or more")
-        if problems:
+        if problems := out_of_range(self, ("texts", "steps"), 1) + out_of_range(self, ("tokens",), 64):
             raise Problems(problems)
 
 
