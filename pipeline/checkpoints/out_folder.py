@@ -23,10 +23,10 @@ from pipeline.checkpoints.weights_out import (
     TensorSpec,
     WeightsFile,
     index_of,
-    one_torch_thread,
     plan_files,
     write_file,
 )
+from pipeline.threads import one_torch_thread
 
 _RECORD = ".finished.jsonl"  # first line: the source; then a line for each finished file of weights
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -126,7 +126,7 @@ class OutFolder:
 
         with (
             ByteProgress(total=total, done=total - self._needed) as progress,
-            one_torch_thread(),
+            one_torch_thread(),  # ours read, hash and write beside each other; those of a cast would only spin
             ThreadPoolExecutor(workers) as pool,
         ):
 

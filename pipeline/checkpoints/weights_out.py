@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,17 +144,6 @@ def index_of(files: Sequence[WeightsFile]) -> str:
         "weight_map": {spec.name: file.name for file in files for spec in file.specs},
     }
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Our own threads read, hash and write beside each other; those of a cast would only spin beside them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def write_file(file: WeightsFile, path: Path, read: Reader, *, written: Callable[[int], None]) -> FileSum:

@@ -8,13 +8,14 @@ only. In lower precision rounding is too coarse for that, and answers may depend
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+
+from pipeline.threads import one_torch_thread
 
 NEAR_TIE = 1e-3
 """Logits nearer than this are decided alone; tests hold what batching changes to less than a tenth of it."""
@@ -78,17 +79,6 @@ class _DecideTies(transformers.LogitsProcessor):
             ids = input_ids[row, self._starts[row] :]
             if not self._ends.isdisjoint(input_ids[row, self._width :].tolist()):
                 continue  # it has ended; what follows is not read
-            with _one_thread():
+            with one_torch_thread():  # sums in an order that does not depend on how many threads there are
                 scores[row] = self._model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]
         return scores
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """On a CPU, sums in an order that does not depend on how many threads this process has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

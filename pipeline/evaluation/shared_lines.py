@@ -7,14 +7,14 @@ So FILE is there whole or not at all, and holds the same bytes whoever made it a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.jsonl import append_lines, read_lines, resume_lines, write_lines
+from pipeline.evaluation.jsonl import REMEDY, append_lines, read_lines, resume_lines, write_lines
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.workers import Crew
+from pipeline.report.records import parse_lines
 
 Line = Mapping[str, Any]
 
@@ -88,17 +88,13 @@ def _remove_parts(path: Path) -> None:
 
 def _parts(path: Path) -> list[Line]:
     """The whole lines of all parts; a last line that is still being written, or was torn by a kill, does not count."""
-    lines = []
+    lines: list[Line] = []
     for part in sorted(path.parent.glob(f"{path.name}.part*")):
         try:
             content = part.read_bytes()
         except FileNotFoundError:  # merged by worker 0 just now
             continue
-        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-            try:
-                lines.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{part}:{number}: not valid JSON; remove the file and run again") from error
+        lines += parse_lines(part, content[: content.rfind(b"\n") + 1], remedy=REMEDY)
     return lines
 
 

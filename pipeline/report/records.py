@@ -23,20 +23,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. Errors: ValueError naming file and line."""
-    lines: list[dict[str, Any]] = []
-    try:
-        texts = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from error
-    for number, text in enumerate(texts, 1):
-        if not text and number == len(texts):
-            break
+    return parse_lines(path, path.read_bytes())
+
+
+def parse_lines(path: Path, content: bytes, *, remedy: str = "") -> list[dict[str, Any]]:
+    """The objects of a JSONL file's content. Errors: ValueError naming file and line, with the remedy behind it."""
+    lines = []
+    for number, text in enumerate(content.splitlines(), 1):
         try:
             line = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error}){remedy}") from error
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
+            raise ValueError(f"{path}:{number}: not valid JSON ({error}){remedy}") from error
         if not isinstance(line, dict):
-            raise ValueError(f"{path}:{number}: expected an object in braces")
+            raise ValueError(f"{path}:{number}: expected an object in braces{remedy}")
         lines.append(line)
     return lines
 
