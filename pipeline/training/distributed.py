@@ -61,6 +61,9 @@ def initialize_process_group(here: World) -> Any:
         torch.cuda.set_device(here.local_rank)
     else:
         keep_freed_memory()
+        # Its shared-memory collectives serve inference alone, yet every start would compile them, or at least take
+        # their build lock; a rank killed just then leaves the lock, and every later run waits for it forever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
     return torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
 
