@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipeline/, whose files would shadow installed modules
 
-from pipeline.config import ModelArguments, parse, run_door  # noqa: E402
+from pipeline.config import ModelArguments, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from pipeline.evaluation.gate import GATE_FAILED, passed  # noqa: E402
 from pipeline.evaluation.report_phase import summary  # noqa: E402
 from pipeline.evaluation.run import PHASES, AssessArguments, Phase, assess  # noqa: E402

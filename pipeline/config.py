@@ -10,10 +10,8 @@ import argparse
 import difflib
 import json
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +21,6 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 
 T = TypeVar("T")
-
-SILENCE = 10.0  # seconds that ranks other than 0 leave it to report a problem
 
 # Names that transformers users type and that mean something else here, or nothing any more.
 RENAMED = {
@@ -373,29 +369,3 @@ def out_of_range(settings: Any, names: Iterable[str], lowest: float, end: float 
         for name, value in values.items()
         if value is not None and not lowest <= value < end
     ]
-
-
-def end_process(code: int) -> NoReturn:
-    """End a rank at once. The interpreter's own end would take down what is left of the process group, and that aborts
-    it now and then."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def run_door(main: Callable[[], None]) -> NoReturn:
-    """Run a door: exit 0, or print each problem and exit 2 on a ValueError of the user's input."""
-    try:
-        main()
-    except ValueError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            # Every rank finds the same problems, and a launcher ends all ranks with the first that exits: rank 0 is to
-            # speak for them. Who still lives after a while has a problem of its own, such as a file its node lacks.
-            time.sleep(SILENCE + 2 * int(os.environ.get("LOCAL_RANK", "0")))
-        for line in str(error).splitlines():
-            print(f"error: rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        end_process(0)
-    sys.exit(0)

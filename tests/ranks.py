@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.config import end_process
+from pipeline.door import end_process
 from pipeline.training.distributed import World, leave_process_group
 
 ROOT = Path(__file__).resolve().parents[1]

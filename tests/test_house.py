@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "pipeline": 0,
     "pipeline.config": 0,
+    "pipeline.door": 0,
     "pipeline.builtin_model": 0,
     "pipeline.threads": 0,
     "pipeline.data": 1,

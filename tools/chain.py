@@ -12,7 +12,7 @@ from pipeline.chain.process import Stopped  # noqa: E402
 from pipeline.chain.recipe import load_recipe  # noqa: E402
 from pipeline.chain.runner import StageFailed, clean, run_chain, show_plan  # noqa: E402
 from pipeline.chain.stages import expand  # noqa: E402
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 
 
 def main() -> None:

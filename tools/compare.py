@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse  # noqa: E402
 
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from pipeline.report.comparison import read_rows  # noqa: E402
 from pipeline.report.page import write_report  # noqa: E402
 from pipeline.report.poison import write_poison_sweep  # noqa: E402

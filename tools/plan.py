@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek, run_door  # noqa: E402
+from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from pipeline.methods import flags_of_others, load_method  # noqa: E402
 from pipeline.planning.arguments import PlanArguments  # noqa: E402
 from pipeline.training.distributed import world  # noqa: E402

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from pipeline.config import SILENCE, end_process
+from pipeline.door import SILENCE, end_process
 from pipeline.training.distributed import World, initialize_process_group, leave_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.forecast import expectation, forecast, outcome

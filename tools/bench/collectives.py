@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, out_of_range, parse, run_door  # noqa: E402
+from pipeline.config import Problems, out_of_range, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
 
 

@@ -21,7 +21,8 @@ from functools import partial  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, parse, run_door  # noqa: E402
+from pipeline.config import Problems, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
 from tools.bench.timing import interleave, quartiles, ratio  # noqa: E402
 

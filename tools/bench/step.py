@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, out_of_range, parse, run_door  # noqa: E402
+from pipeline.config import Problems, out_of_range, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report, step_tables  # noqa: E402
 from tools.bench.layouts import Layout, Setting, cut_model, model_config  # noqa: E402
 from tools.bench.trl_sft import check_trl  # noqa: E402
