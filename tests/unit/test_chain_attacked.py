@@ -34,6 +34,4 @@ def test_a_stage_whose_name_begins_another_ones_takes_nothing_of_it_along(tmp_pa
     records = {stage.name: Record(stage.name, stage.definition, {}, [], finished=True) for stage in expanded}
     deleted = delete_unneeded(expanded, {"attack-ratio0", "model-ratio0"}, records, ChainFolder(out))
     assert deleted == ["model-ratio0"]
-    assert sorted(path.name for path in out.glob("*model*")) == ["model-ratio0.05"]
-    assert all(folder.is_dir() for folder in kept)
-    assert not (out / ".model-ratio0.partial").exists()
+    assert sorted(path for path in out.glob("*model*") if path.is_dir()) == sorted(kept)
