@@ -11,6 +11,7 @@ from types import ModuleType
 
 MODULES = {
     "dgr": "pipeline.curation.dgr",
+    "pharmacist": "pipeline.curation.pharmacist",
 }
 
 
