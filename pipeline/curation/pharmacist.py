@@ -65,8 +65,7 @@ def run(parsed: Parsed) -> None:
     if failed:
         raise Problems([f"--output_dir {asked.output_dir}: {each}" for each in failed])
     if here.main:
-        kept = len(kept_rows(method.selector.scores().numpy(), asked.keep_ratio).nonzero()[0])
-        print(f"kept {kept} of {len(rows.rows)} rows: {asked.output_dir}/kept.jsonl  {asked.output_dir}/report.html")
+        print(f"kept rows: {asked.output_dir}/kept.jsonl  report: {asked.output_dir}/report.html")
 
 
 def train(prepared: Prepared, method: Pharmacist, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Pharmacist's selector training (arXiv 2510.10085), as one method of the training loop. Reconstructed.
 
 Its code is not public. Known are the goal (a trained selector that ranks the alignment set; bilevel, with a toxic
-LoRA) and its sibling SEAL, whose code is. With phi the trained adapter, t the frozen toxic increment, w = N softmax(s),
-l_i the mean loss of the tokens of row i's answer:
+LoRA) and its sibling SEAL, whose code is. With phi the trained adapter, t the frozen toxic increment,
+w = N softmax(s), l_i the mean loss of the tokens of row i's answer:
     L_up = CE(guide rows at phi + kappa t)          L_lo = mean_i w_i l_i(phi), the increment off
 joint (SEAL's form):
     phi <- Adam on lambda L_up + (1 - lambda) L_lo;   s <- Adam on mean_i w_i l_i, whose dF/dw_i = l_i / |B|
