@@ -14,7 +14,7 @@ import torch
 from pipeline.training.distributed import initialize_process_group, world
 
 here = world()
-from deepspeed.zero import GatheredParameters  # noqa: E402
+import deepspeed  # noqa: E402
 
 from pipeline.config import parse  # noqa: E402
 from pipeline.curation import pharmacist, pharmacist_method  # noqa: E402
@@ -36,7 +36,7 @@ def build(run: Any, device: torch.device) -> Any:
     KEPT["initial"] = {}
     for name, parameter in engine.deepspeed.module.named_parameters():
         if parameter.requires_grad:
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 KEPT["initial"][name] = parameter.detach().clone()
     return engine
 

@@ -110,8 +110,14 @@ def train(plain: Plain) -> dict[str, Any]:
             loss = lower
         regular = max(0, asked.num_train_epochs * count - step * len(rows))
         rows, of_weights = rows[:regular], of_weights[:regular]
-        (gradient,) = torch.autograd.grad((weights[rows] * of_weights).sum(), logits)
-        adam(logits, gradient, moments, rows if asked.selector_update == "lazy" else torch.arange(count), asked)
+        moved = rows.unique() if asked.selector_update == "lazy" else torch.arange(count)
+        held = weights[moved].sum().detach() * logits[moved].softmax(
+            0
+        )  # the weights, as the logits that move see them
+        share = {int(row): place for place, row in enumerate(moved)}
+        objective = sum(held[share[int(row)]] * each for row, each in zip(rows, of_weights, strict=True))
+        (gradient,) = torch.autograd.grad(objective, logits)
+        adam(logits, gradient, moments, moved, asked)
         for each, found in zip(
             plain.phi.values(), torch.autograd.grad(loss.float(), list(plain.phi.values())), strict=True
         ):

@@ -24,16 +24,16 @@ from tests.numerics import plain_pharmacist
 from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("pharmacist_worker.py")
-# Strong enough that the increment and the weights move every loss in the third digit.
-JOINT = ["--kappa", "3", "--toxic_learning_rate", "1e-2", "--lamb", "0.7", "--lamb_decay", "0.3"]
+# Strong enough that the increment moves the loss in the third digit. In so small a model the gradients of attention
+# scores are rounding, which Adam would make into whole steps: not q and k.
+MAPS = ["v_proj", "o_proj"]
+TOXIC = ["--kappa", "3", "--toxic_learning_rate", "1e-2", "--toxic_target_modules", *MAPS]
+LAMB = ["--lamb", "0.7", "--lamb_decay", "0.3"]
 CASES = {
-    "joint": [*JOINT, "--baselines", "gradient_cosine"],
-    "seal": ["--kappa", "0", "--lamb", "0.7", "--lamb_decay", "0.3", "--selector_update", "dense"],
-    "hypergradient": [
-        "--variant", "hypergradient", "--kappa", "3", "--toxic_learning_rate", "1e-2", "--gradient_checkpointing",
-        "true",
-    ],
-}  # fmt: skip
+    "joint": [*TOXIC, *LAMB, "--baselines", "gradient_cosine"],
+    "seal": ["--kappa", "0", *LAMB, "--selector_update", "dense"],
+    "hypergradient": ["--variant", "hypergradient", *TOXIC, "--gradient_checkpointing", "true"],
+}
 MICRO_BATCHES = 4
 LOSS, SCORE = 2e-5, 2e-3  # relative; scores relative to the learning rate of the logits
 
@@ -41,11 +41,12 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def argv(base: list[str], pools: dict[str, str]) -> Callable[..., list[str]]:
+def argv(base: list[str], pools: dict[str, str], tiny_model_dir: Path) -> Callable[..., list[str]]:
     """The command line of a case on a number of ranks."""
     flags = dict(zip(base[::2], base[1::2], strict=True))
-    shared = {name: flags[name] for name in ("--model_name_or_path", "--ds_config", "--cache_dir", "--train_data")}
+    shared = {name: flags[name] for name in ("--ds_config", "--cache_dir", "--train_data")}
     shared |= {
+        "--model_name_or_path": str(tiny_model_dir),
         "--guide_data": pools["guide"], "--num_train_epochs": "2",
         "--per_device_train_batch_size": "2", "--learning_rate": "1e-2", "--seed": "3",
     }  # fmt: skip
@@ -54,7 +55,8 @@ def argv(base: list[str], pools: dict[str, str]) -> Callable[..., list[str]]:
 
     def of(case: str, ranks: int) -> list[str]:
         accumulation = ["--gradient_accumulation_steps", str(MICRO_BATCHES // ranks)]
-        return [*words, *accumulation, *CASES[case], *(harmful if case != "seal" else [])]
+        maps = ["--lora_target_modules", *MAPS]
+        return [*words, *accumulation, *maps, *CASES[case], *(harmful if case != "seal" else [])]
 
     return of
 
@@ -139,7 +141,7 @@ def test_kappa_0_gives_seals_losses(product: Any, wanted: Any) -> None:
     assert product("seal", 1)["toxic"] is None
     assert plain.down == []
     joint = product("joint", 1)
-    assert joint["history"][0]["upper_loss"] > 1.01 * want["upper"][0]  # with it the loss is another
+    assert abs(joint["history"][0]["upper_loss"] / want["upper"][0] - 1) > 100 * LOSS  # with it the loss is another
     assert joint["history"][0]["row_loss"] == pytest.approx(want["row"][0], rel=LOSS)  # off in the lower level
 
 

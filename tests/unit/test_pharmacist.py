@@ -34,10 +34,20 @@ def test_weights_sum_to_the_number_of_rows() -> None:
 
 
 def test_the_gradient_of_the_logits_is_autograds() -> None:
-    one = selector("lazy")
+    one, everyone = selector("dense"), torch.arange(6)
     logits = one.logits.clone().requires_grad_()
     ((6 * logits.softmax(0))[ROWS] * OF_WEIGHTS).sum().backward()
-    torch.testing.assert_close(one.gradient(ROWS, OF_WEIGHTS), logits.grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(one.gradient(ROWS, OF_WEIGHTS, everyone), logits.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_lazy_gradient_holds_the_weight_of_the_batch() -> None:
+    one, drawn = selector("lazy"), torch.tensor([0, 3, 4])
+    logits, total = one.logits[drawn].requires_grad_(), one.weights()[drawn].sum()
+    of_weights = torch.tensor([0.5, 2.0, 0.25], dtype=torch.float64)
+    ((total * logits.softmax(0)) * of_weights).sum().backward()
+    torch.testing.assert_close(one.gradient(drawn, of_weights, drawn), logits.grad, rtol=1e-12, atol=1e-14)
+    one.step(drawn, 0 * of_weights + 7)  # equal losses move nothing
+    torch.testing.assert_close(one.logits, selector("lazy").logits, rtol=0, atol=1e-3)
 
 
 def test_dense_is_adam() -> None:
@@ -46,7 +56,7 @@ def test_dense_is_adam() -> None:
     adam = torch.optim.Adam([logits], lr=0.1, betas=(0.9, 0.95), eps=1e-12)
     for step in range(5):
         rows = torch.tensor([step % 6, (step + 2) % 6, 5])
-        logits.grad = one.gradient(rows, OF_WEIGHTS)
+        logits.grad = one.gradient(rows, OF_WEIGHTS, torch.arange(6))
         adam.step()
         one.step(rows, OF_WEIGHTS)
         torch.testing.assert_close(one.logits, logits.detach(), rtol=1e-9, atol=0)
@@ -58,8 +68,8 @@ def test_lazy_moves_the_rows_of_the_step_alone() -> None:
     one.step(ROWS, OF_WEIGHTS)
     moved = (one.logits != before).tolist()
     assert moved == [True, False, False, True, False, False]
-    # The first step of Adam is the learning rate, in the direction that lowers F.
-    torch.testing.assert_close((before - one.logits)[[0, 3]], torch.full((2,), 0.1, dtype=torch.float64))
+    # The first step of Adam is the learning rate, up where a weight lowers F by more than the batch's mean.
+    torch.testing.assert_close((one.logits - before)[[0, 3]], torch.tensor([-0.1, 0.1], dtype=torch.float64))
 
 
 def test_a_rows_loss_is_the_mean_over_its_own_tokens() -> None:
