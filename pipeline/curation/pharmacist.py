@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ModelArguments, Parsed, Problems
-from pipeline.curation.pharmacist_settings import PharmacistArguments, training_flags, without_effect
+from pipeline.curation.pharmacist_settings import PharmacistArguments, doubts, training_flags, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +46,15 @@ def run(parsed: Parsed) -> None:
     try:
         prepared = prepare(training_flags(parsed), asked.method, method, here)
         rows = Alignment.read(prepared, asked)
+        prepared.warnings += doubts(asked, bf16=bool(prepared.train.bf16))
     except ValueError as error:
         problems += str(error).splitlines()
     if problems or rows is None:
         raise Problems(problems)
 
     device = initialize_process_group(here)
+    for each in prepared.warnings if here.main else ():
+        print(f"warning: {each}", flush=True)
     seal = None
     try:
         train(prepared, method, device)

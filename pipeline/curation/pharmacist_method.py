@@ -73,7 +73,9 @@ class Pharmacist(Method):
     def __init__(self, config: PharmacistArguments) -> None:
         super().__init__(config)
         self.pools = ("guide", "harmful") if config.kappa else ("guide",)  # type: ignore[misc]
-        self.touches_shards = config.variant == "hypergradient"  # type: ignore[misc]
+        self.touches_shards = (  # type: ignore[misc]
+            config.variant == "hypergradient" or "gradient_cosine" in config.baselines
+        )
         self.differentiates_activations = config.kappa > 0  # type: ignore[misc]
         self.history: list[dict[str, float]] = []
         self.toxic: dict[str, float] | None = None

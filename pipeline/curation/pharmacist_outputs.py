@@ -32,7 +32,7 @@ from pipeline.report.selection_page import write_page
 from pipeline.training.manifest import commit, versions, write_json
 from pipeline.training.prepared import Prepared
 
-PRODUCT = "pharmacist"  # its name among the selectors
+PHARMACIST = "pharmacist"  # its name among the selectors
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}  # CSV has no booleans
 
 
@@ -83,13 +83,13 @@ def write(alignment: Alignment, run: Prepared, method: Pharmacist, seal: Pharmac
     kept = {name: kept_rows(each, asked.keep_ratio) for name, each in scores.items()}
     if "full" in asked.baselines:
         kept["full"] = np.ones(len(alignment.rows), dtype=np.bool_)
-    lines = list(_score_lines(alignment, run, method, scores, kept[PRODUCT]))
+    lines = list(_score_lines(alignment, run, method, scores, kept[PHARMACIST]))
     report = {
         "arguments": asdict(run.model) | asdict(asked), "data": run.sources, "world_size": run.world.size,
-        "versions": versions(), "commit": commit(), "warnings": _warnings(run, asked),
+        "versions": versions(), "commit": commit(), "warnings": run.warnings,
         "selectors": {name: _selector(name, scores, kept, lines, alignment.planted) for name in kept},
         "correlations": _correlations(lines),
-        "categories": list(_categories(alignment, kept[PRODUCT])),
+        "categories": list(_categories(alignment, kept[PHARMACIST])),
         "toxic_increment": method.toxic, "steps": method.history,
     }  # fmt: skip
     folder = out.with_name(out.name + PARTIAL)
@@ -99,7 +99,7 @@ def write(alignment: Alignment, run: Prepared, method: Pharmacist, seal: Pharmac
     try:
         _write_lines(folder / "scores.jsonl", lines)
         for name, mask in kept.items():
-            file = folder / ("kept.jsonl" if name == PRODUCT else f"baselines/{name}.jsonl")
+            file = folder / ("kept.jsonl" if name == PHARMACIST else f"baselines/{name}.jsonl")
             file.parent.mkdir(exist_ok=True)
             _write_lines(file, (row.fields for row, keep in zip(alignment.rows, mask, strict=True) if keep))
         write_page(report, lines, folder)
@@ -111,7 +111,7 @@ def write(alignment: Alignment, run: Prepared, method: Pharmacist, seal: Pharmac
 
 def selector_scores(method: Pharmacist, seal: Pharmacist | None) -> dict[str, Floats]:
     """Scores [N] by selector, Pharmacist's first. The full set has none."""
-    scores: dict[str, Floats] = {PRODUCT: method.selector.scores().numpy()}
+    scores: dict[str, Floats] = {PHARMACIST: method.selector.scores().numpy()}
     for name in method.config.baselines:
         if name == "seal" and seal is not None:
             scores[name] = seal.selector.scores().numpy()
@@ -125,10 +125,10 @@ def selector_scores(method: Pharmacist, seal: Pharmacist | None) -> dict[str, Fl
 def _score_lines(
     alignment: Alignment, run: Prepared, method: Pharmacist, scores: Mapping[str, Floats], kept: Flags
 ) -> Iterable[dict[str, Any]]:
-    place, weights, pool = ranks(scores[PRODUCT]), method.selector.weights(), run.streams["train"].pool
+    place, weights, pool = ranks(scores[PHARMACIST]), method.selector.weights(), run.streams["train"].pool
     for i, row in enumerate(alignment.rows):
         line = {
-            "id": row.id, "row": i + 1, "score": float(scores[PRODUCT][i]), "rank": int(place[i]),
+            "id": row.id, "row": i + 1, "score": float(scores[PHARMACIST][i]), "rank": int(place[i]),
             "weight": float(weights[i]), "kept": bool(kept[i]), "first_loss": float(method.first_losses[i]),
             "last_loss": float(method.last_losses[i]), "tokens": int(pool.trained[i]),
         }  # fmt: skip
@@ -137,7 +137,7 @@ def _score_lines(
         if alignment.planted is not None:
             line["planted"] = bool(alignment.planted[i])
         if len(scores) > 1:
-            line["baselines"] = {name: float(each[i]) for name, each in scores.items() if name != PRODUCT}
+            line["baselines"] = {name: float(each[i]) for name, each in scores.items() if name != PHARMACIST}
         yield line
 
 
@@ -154,7 +154,7 @@ def _selector(
         key: float(np.array([line[key] for line in lines])[mask].mean())
         for key in ("first_loss", "last_loss", "tokens")
     }
-    found: dict[str, Any] = {"kept": int(mask.sum()), "shared": int((mask & kept[PRODUCT]).sum()), "means": means}
+    found: dict[str, Any] = {"kept": int(mask.sum()), "shared": int((mask & kept[PHARMACIST]).sum()), "means": means}
     if planted is None:
         return found
     found["planted_kept"] = int((mask & planted).sum())
@@ -162,8 +162,8 @@ def _selector(
         value = auc(scores[name], planted)
         low, high = auc_interval(value, int((~planted).sum()), int(planted.sum()))
         found["auc"] = {"value": value, "low": low, "high": high}
-    if name in scores and name != PRODUCT and planted.sum() > 1 and (~planted).sum() > 1:
-        value, low, high = auc_difference(scores[PRODUCT], scores[name], planted)
+    if name in scores and name != PHARMACIST and planted.sum() > 1 and (~planted).sum() > 1:
+        value, low, high = auc_difference(scores[PHARMACIST], scores[name], planted)
         found["pharmacist_auc_less_this"] = {"value": value, "low": low, "high": high}
     return found
 
@@ -184,16 +184,6 @@ def _categories(alignment: Alignment, kept: Flags) -> Iterable[dict[str, Any]]:
         k, n = int(kept[mask].sum()), int(mask.sum())
         low, high = wilson(k, n)
         yield {"category": name, "rows": n, "kept": k, "low": low, "high": high}
-
-
-def _warnings(run: Prepared, asked: PharmacistArguments) -> list[str]:
-    if asked.num_train_epochs >= 3:
-        return run.warnings
-    return [
-        *run.warnings,
-        f"--num_train_epochs {asked.num_train_epochs}: a row's score moves only when it is visited: 3 or more are "
-        "needed to rank rows",
-    ]
 
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

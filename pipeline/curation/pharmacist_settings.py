@@ -153,6 +153,21 @@ def without_effect(parsed: Parsed) -> list[str]:
     return problems
 
 
+def doubts(asked: PharmacistArguments, *, bf16: bool) -> list[str]:
+    """What a user should know of a selection with these settings."""
+    found = []
+    if asked.num_train_epochs < 3:
+        found.append(
+            f"--num_train_epochs {asked.num_train_epochs}: a row's score moves only when it is visited: give 3 or more"
+        )
+    if bf16 and asked.variant == "hypergradient":
+        found.append(
+            f"--variant hypergradient in bf16: a step of --difference_radius {asked.difference_radius} and the "
+            "differences of losses it makes are near the rounding of bf16: give --bf16 false, or a larger radius"
+        )
+    return found
+
+
 def training_flags(parsed: Parsed) -> Parsed:
     """The same settings as flags of training."""
     asked = parsed[PharmacistArguments]

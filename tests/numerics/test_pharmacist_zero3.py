@@ -36,6 +36,7 @@ CASES = {
 }
 MICRO_BATCHES = 4
 LOSS, SCORE = 2e-5, 2e-3  # relative; scores relative to the learning rate of the logits
+ROWS = 18  # with a last batch that is filled up
 
 Record = dict[str, Any]
 
@@ -44,8 +45,9 @@ Record = dict[str, Any]
 def argv(base: list[str], pools: dict[str, str], tiny_model_dir: Path) -> Callable[..., list[str]]:
     """The command line of a case on a number of ranks."""
     flags = dict(zip(base[::2], base[1::2], strict=True))
-    shared = {name: flags[name] for name in ("--ds_config", "--cache_dir", "--train_data")}
+    shared = {name: flags[name] for name in ("--ds_config", "--cache_dir")}
     shared |= {
+        "--train_data": f"{pools['train']}[:{ROWS}]",
         "--model_name_or_path": str(tiny_model_dir),
         "--guide_data": pools["guide"], "--num_train_epochs": "2",
         "--per_device_train_batch_size": "2", "--learning_rate": "1e-2", "--seed": "3",
@@ -105,7 +107,7 @@ def test_losses_and_scores_equal_the_formulas(case: str, ranks: int, product: An
     torch.testing.assert_close([each["row_loss"] for each in history], want["row"], rtol=LOSS, atol=0)
     torch.testing.assert_close(found["last_losses"], want["last"], rtol=LOSS, atol=0)
     torch.testing.assert_close(found["scores"], want["scores"], rtol=0, atol=SCORE * 5e-3)
-    assert found["weights"].sum().item() == pytest.approx(30, abs=1e-9)
+    assert found["weights"].sum().item() == pytest.approx(ROWS, abs=1e-9)
     assert want["scores"].std() > 0.1 * 5e-3  # they differ by more than the tolerance
 
 
@@ -115,7 +117,9 @@ def test_the_increment_is_trained_by_the_formula(product: Any, wanted: Any) -> N
         found = product("joint", ranks)
         assert found["toxic"]["batches"] == len(want["attack"]) == 4
         assert found["toxic"]["last_loss"] == pytest.approx(want["attack"][-1], rel=LOSS)
-        torch.testing.assert_close(found["trained"], [*plain.down, *plain.up], rtol=1e-3, atol=1e-5)
+        starts = [*found["down"], *map(torch.zeros_like, plain.up)]
+        for end, want_end, start in zip(found["trained"], [*plain.down, *plain.up], starts, strict=True):
+            assert ((end - want_end).norm() / (want_end - start).norm()).item() < 5e-3
     assert want["attack"][-1] < 0.99 * want["attack"][0]
 
 
@@ -132,7 +136,7 @@ def test_the_finite_difference_equals_the_exact_product(product: Any, wanted: An
     _, want = wanted("hypergradient")
     for ranks in (1, 2):
         for found, exact in zip(product("hypergradient", ranks)["of_weights"], want["of_weights"], strict=True):
-            assert ((found - exact).norm() / exact.norm()).item() < 1e-2
+            assert ((found - exact).norm() / exact.norm()).item() < 5e-3
 
 
 def test_kappa_0_gives_seals_losses(product: Any, wanted: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.curation.pharmacist_increment import ToxicIncrement, targets_of
 from pipeline.curation.pharmacist_selector import Selector
+from pipeline.curation.pharmacist_settings import PharmacistArguments, doubts
 from pipeline.curation.selection import auc, auc_difference, auc_interval, kept_rows, ranks, spearman
 from pipeline.data.chat import Example
 from pipeline.data.packing import pack
@@ -159,3 +160,12 @@ def test_spearman_is_a_correlation_of_ranks() -> None:
     assert spearman(a, -a) == pytest.approx(-1.0)
     assert spearman(a, np.array([1.0, 1.0, 2.0, 2.0])) == pytest.approx(1 / 5**0.5)
     assert spearman(a, np.ones(4)) is None
+
+
+def test_what_a_selection_lacks_is_said() -> None:
+    assert doubts(PharmacistArguments(), bf16=True) == []
+    (found,) = doubts(PharmacistArguments(num_train_epochs=2), bf16=True)
+    assert found.startswith("--num_train_epochs 2: ")
+    assert doubts(PharmacistArguments(variant="hypergradient"), bf16=False) == []
+    (found,) = doubts(PharmacistArguments(variant="hypergradient"), bf16=True)
+    assert found.startswith("--variant hypergradient in bf16: ")
