@@ -25,8 +25,11 @@ CONFIGS = (ModelArguments, PharmacistArguments)
 
 
 def run(parsed: Parsed) -> None:
-    """Check everything, train the selector, write OUT. Errors: ValueError with all that is wrong, before a weight is
-    read."""
+    """Check everything, train the selector, write OUT.
+
+    Errors: ValueError with all that is wrong, before a weight is read. A loss that is not finite, or files that cannot
+    be written, end all ranks with exit code 1.
+    """
     from pipeline.training.distributed import (
         initialize_process_group,
         leave_process_group,
@@ -64,9 +67,9 @@ def run(parsed: Parsed) -> None:
     except NonFinite as error:
         stop(here, error)
     failed = together(here, lambda: write(rows, prepared, method, seal, Path(asked.output_dir)), main_only=True)
-    leave_process_group(here)
     if failed:
-        raise Problems([f"--output_dir {asked.output_dir}: {each}" for each in failed])
+        stop(here, OSError(f"--output_dir {asked.output_dir}: {failed[0]}"))
+    leave_process_group(here)
     if here.main:
         print(f"kept rows: {asked.output_dir}/kept.jsonl  report: {asked.output_dir}/report.html")
 

@@ -82,10 +82,12 @@ class Pharmacist(Method):
         self.cosines: NDArray[np.float64] | None = None
 
     def refuse_modules(self, model: Any) -> list[str]:
-        if self.config.kappa and not targets_of(model, self.config.toxic_target_modules):
-            names = " ".join(self.config.toxic_target_modules)
-            return [f"none of its linear maps is named as --toxic_target_modules {names} says: name some that it has"]
-        return []
+        names = self.config.toxic_target_modules if self.config.kappa else []
+        return [
+            f"it has no linear map {name}, which --toxic_target_modules names: name some that it has"
+            for name in names
+            if not targets_of(model, [name])
+        ]
 
     def step(self, ctx: StepContext) -> None:
         if ctx.step == 0:

@@ -90,10 +90,8 @@ def test_a_flag_is_refused(refused: Refused, words: str, message: str) -> None:
 
 
 def test_maps_that_the_model_lacks_are_refused(refused: Refused) -> None:
-    (found,) = refused("--toxic_target_modules", "c_attn")
-    assert found.endswith(
-        "none of its linear maps is named as --toxic_target_modules c_attn says: name some that it has"
-    )
+    (found,) = refused("--toxic_target_modules", "q_proj", "c_attn")
+    assert found.endswith("it has no linear map c_attn, which --toxic_target_modules names: name some that it has")
 
 
 def test_an_output_folder_that_holds_something_is_left_alone(refused: Refused, tmp_path: Path) -> None:
