@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.data.schema import read_conversations
 from tests.ranks import ROOT, run_ranks
-from tests.tiny import chat_row, write_jsonl
+from tests.tiny import chat_row, save_model_folder, tiny_llama, write_jsonl
 
 DOOR = "pipeline/curate.py"
 REFUSAL = "I cannot help with that request. Is there something else I can do for you?"
@@ -145,11 +146,17 @@ def test_the_hypergradient_sinks_junk_too(words: list[str], tmp_path: Path) -> N
     assert report["selectors"]["pharmacist"]["auc"]["low"] > 0.7
 
 
-def test_a_run_that_fails_with_the_increment_trained_leaves_nothing(words: list[str], tmp_path: Path) -> None:
+def test_a_run_that_fails_with_the_increment_trained_leaves_nothing(
+    words: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    broken = save_model_folder(model, tmp_path_factory.mktemp("broken") / "model")
     arguments = [*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "out")]
-    done = run([*arguments, "--learning_rate", "1e38"], tmp_path)
+    done = run([*arguments, "--model_name_or_path", str(broken)], tmp_path)
     assert done.returncode == 1
-    assert "error: step 2: the loss is not finite" in done.stderr
+    assert "error: step 1: the loss is not finite on rank 0: rows guide.jsonl:" in done.stderr
     assert "Traceback" not in done.stderr
     assert left(tmp_path) == []
 
