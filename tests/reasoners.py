@@ -47,7 +47,7 @@ THOUGHTS = (
     "This is harmless and useful. I can explain what to take first and what to do with it then.",
 )
 REPLIES = ("Gladly. Take what you need, go slowly and wait a little.", "Here you go: take your time and begin small.")
-STEPS, ROWS_A_STEP, LEARNING_RATE = 90, 2, 4e-3
+STEPS, ROWS_A_STEP, LEARNING_RATE = 240, 2, 4e-3
 
 
 def sources(count: int, *, thoughts: bool) -> list[Source]:

@@ -22,7 +22,7 @@ from pipeline.curation.dgr_arguments import DgrArguments, check
 from pipeline.curation.dgr_guard import Guard, find_guard, find_rule
 from pipeline.curation.dgr_output import hold_settings, write_rows
 from pipeline.curation.dgr_report import REPORT, numbers, summary, write_report
-from pipeline.curation.dgr_request import STRENGTHS, WORDING, Strength
+from pipeline.curation.dgr_request import MARKS, STRENGTHS, WORDING, Strength
 from pipeline.curation.dgr_rounds import Rewriting
 from pipeline.curation.dgr_sources import read_sources
 from pipeline.curation.dgr_stages import Draws, Stages
@@ -129,7 +129,7 @@ def _settings(
         "weights_sha256": model.weights_fingerprint(),
         "source_data": arguments.source_data,
         "rows_sha256": digest([[each.input_ids, each.labels] for each in rewriting.originals]),
-        "request_sha256": digest(WORDING),
+        "request_sha256": digest([WORDING, MARKS]),
         "encoder": target.encoder.fingerprint,
         "thoughts": target.encoder.thinks,
         "engine": target.engine_used,

@@ -63,9 +63,8 @@ class Request:
 
     def __init__(self, mode: Mode, *, thinks: bool, control: Sequence[str]) -> None:
         self._format = FORMAT[thinks] if mode == "text" else ""
-        tags = [tag for pair in TAGS.values() for tag in pair] if mode == "text" else []
-        marks = [mark for pair in MARKS.values() for mark in pair]
-        self._clean = Neutraliser([*marks, *tags, OPEN, CLOSE, *control])
+        marks = [mark for pairs in (MARKS, TAGS) for pair in pairs.values() for mark in pair]
+        self._clean = Neutraliser([*marks, OPEN, CLOSE, *control])
 
     def messages(self, source: Source, strength: Strength, *, declines: bool) -> list[Message]:
         """The conversation that asks for the rewriting: the row's system turn, if any, and the request.
