@@ -93,7 +93,7 @@ def _share(model: ModelArguments, arguments: DgrArguments, crew: Crew) -> None:
     stages = Stages(target, guard, draws, work, crew)
     probe = rewriting.probe(stages, arguments.seed) if first is None else None
     if probe is not None:
-        first = max(STRENGTHS, key=probe.__getitem__)
+        first = max(probe, key=probe.__getitem__)
     strengths = arguments.strengths(first or STRENGTHS[0])
     own = rewriting.own(stages, rewriting.some(arguments.own_answers, arguments.seed))
     outcomes = rewriting.run(stages, strengths)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.curation.dgr_filters import FILTERS
+from pipeline.curation.dgr_request import Strength
 from pipeline.curation.dgr_rounds import Outcome
 from pipeline.curation.dgr_stages import Lines
 from pipeline.report.files import write_bytes
@@ -29,7 +30,12 @@ REPORT = "report.json"
 
 
 def numbers(
-    outcomes: Sequence[Outcome], *, fallback: str, rounds: Sequence[str], probe: Mapping[str, float] | None, own: Lines
+    outcomes: Sequence[Outcome],
+    *,
+    fallback: str,
+    rounds: Sequence[str],
+    probe: Mapping[Strength, float] | None,
+    own: Lines,
 ) -> dict[str, Any]:
     """The report without the settings.
 

@@ -102,7 +102,7 @@ class Rewriting:
                 break
         return list(outcomes.values())
 
-    def probe(self, stages: Stages, seed: int) -> dict[str, float]:
+    def probe(self, stages: Stages, seed: int) -> dict[Strength, float]:
         """The share of some rows that each strength rewrites."""
         rows = self.some(PROBED, seed)
         tries = {each: self._attempt(stages, f"probe-{each}", rows, each) for each in STRENGTHS}

@@ -91,11 +91,10 @@ class ChatEncoder:
             ValueError: the template refuses or rewrites the conversation, or no trained token is left; names the row.
         """
         row_id, messages = conversation.id, conversation.messages
-        roles = [message["role"] for message in messages]
-        if self.thinks and CLOSE in messages[-1]["content"] and roles.count("assistant") == 1:
+        text = self._render(messages, row_id)
+        if self._drops_thought(text, messages, row_id):
             text, spans = self._thought_turn(messages, row_id)
         else:
-            text = self._render(messages, row_id)
             spans = self._marked_spans(messages) if self._marked else self._prefix_spans(text, messages, row_id)
         ids, offsets = self._tokenise(text, row_id)
         labels = [IGNORE] * len(ids)
@@ -205,6 +204,15 @@ class ChatEncoder:
                 raise ValueError(f"{where}: the chat template rewrites or drops part of the answer; edit the row")
             spans.append((len(prompt), len(turn)))
         return spans
+
+    def _drops_thought(self, text: str, messages: Sequence[Message], row_id: str) -> bool:
+        """Whether the only answer has a thought that the template knows, and that is not whole behind the prompt."""
+        answer = messages[-1]["content"]
+        if not self.thinks or CLOSE not in answer or sum(each["role"] == "assistant" for each in messages) > 1:
+            return False
+        prompt = self._render(messages[:-1], row_id, add_generation_prompt=True)
+        turn = text[len(prompt) :] if text.startswith(prompt) else ""
+        return "".join(answer.split()) not in "".join(turn.split())
 
     def _thought_turn(self, messages: Sequence[Message], row_id: str) -> tuple[str, list[Span]]:
         """The text as generation leaves it, generation prompt, thought, answer, end of turn; and the turn's span."""

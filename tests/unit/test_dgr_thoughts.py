@@ -89,7 +89,7 @@ def test_a_template_that_knows_no_thoughts_sees_text() -> None:
 )
 def test_a_broken_thought_names_its_row(turn: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encoder("qwen3").encode(row(turn))
+        encoder("r1").encode(row(turn))
 
 
 def test_split_and_join_are_each_others_inverse() -> None:
