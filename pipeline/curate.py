@@ -1,6 +1,7 @@
 """Prepare a data set before training: `python pipeline/curate.py --method dgr --help` shows a method's flags.
 
-The method dgr rewrites a safety reasoning set in the target model's own words.
+The method dgr rewrites a safety reasoning set in the target model's own words; pharmacist chooses the rows of an
+alignment set that keep a model safe.
 """
 
 import sys
