@@ -91,10 +91,8 @@ def _share(model: ModelArguments, arguments: DgrArguments, crew: Crew) -> None:
         crew = start(crew, _share, model, arguments)
     work.mkdir(mode=0o700, exist_ok=True)
     stages = Stages(target, guard, draws, work, crew)
-    probe = rewriting.probe(stages, arguments.seed) if first is None else None
-    if probe is not None:
-        first = max(probe, key=probe.__getitem__)
-    strengths = arguments.strengths(first or STRENGTHS[0])
+    probe = rewriting.probe(stages, arguments.seed) if first is None else {}
+    strengths = arguments.strengths(first or sorted(probe, key=lambda each: -probe[each])[0])
     own = rewriting.own(stages, rewriting.some(arguments.own_answers, arguments.seed))
     outcomes = rewriting.run(stages, strengths)
     has_read[crew.rank].touch()
@@ -103,7 +101,7 @@ def _share(model: ModelArguments, arguments: DgrArguments, crew: Crew) -> None:
     # Once all have read what they need, the work folder may go.
     crew.wait(lambda: all(each.exists() for each in has_read))
     write_rows(outcomes, target.encoder, arguments.fallback, folder)
-    found = numbers(outcomes, fallback=arguments.fallback, rounds=strengths, probe=probe, own=own)
+    found = numbers(outcomes, fallback=arguments.fallback, rounds=strengths, probe=probe or None, own=own)
     write_report(found | {"settings": settings}, folder)
     crew.join()
 

@@ -36,12 +36,14 @@ COPY, COPY_FROM = 0.9, 50  # ROUGE-L; tokens above which the row's own text is l
 # Words that tell of a second text or of directions; innocent where the message itself has them.
 MENTIONS = (
     "reference", "rewrite", "rewriting", "rewritten", "rephrase", "rephrasing", "paraphrase", "as instructed",
-    "these directions", "these instructions", "the instructions", "the blocks", "other blocks", "first block",
-    "analysis block", "reply block", "message block", "somebody else", "someone else", "given answer", "given reply",
-    "given analysis", "provided answer", "provided reply", "provided analysis", "earlier reply", "original reply",
-    "other reply", "other analysis", "same decision", "already settled", "own words", "own way",
+    "these directions", "these instructions", "the instructions", "colleague", "colleague's", "somebody else",
+    "someone else", "given answer", "given reply", "given analysis", "provided answer", "provided reply",
+    "provided analysis", "earlier reply", "original reply", "other reply", "other analysis", "same decision",
+    "already settled", "between the marks", "between marks", "own words", "own way",
 )  # fmt: skip
-_MENTIONS = [re.compile(rf"\b{re.escape(each)}\b", re.IGNORECASE) for each in MENTIONS]
+_MENTIONS = [re.compile(rf"(?<!\w){re.escape(each)}(?!\w)", re.IGNORECASE) for each in MENTIONS] + [
+    re.compile("<<<|>>>")  # a mark that is not quite ours
+]
 _DELIMITERS = [each for pairs in (MARKS, TAGS) for pair in pairs.values() for each in pair]
 REPEATED = 5  # words of ours in a row
 _WORDING = {each for sentence in WORDING for each in ngrams(words(sentence), REPEATED)}

@@ -22,6 +22,7 @@ def test_mean_nll_falls(tmp_path: Path) -> None:
     data = tiny.write_jsonl(tmp_path / "stiff.jsonl", [tiny.chat_row(*row) for row in ROWS])
     words = ["--source_data", str(data), "--output_dir", str(tmp_path / "out"), "--guard", "none", "--seed", "1"]
     words += ["--samples", "2", "--max_new_tokens", "48", "--own_answers", "0", "--batch_size", "8"]
+    words += ["--strength", "decision"]  # what the others show confuses a model this small
     run(parse(CONFIGS, words, description=""))
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["refined"] >= 2

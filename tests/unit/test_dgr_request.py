@@ -88,6 +88,8 @@ def test_wording_of_the_request_does_not_pass(sentence: str) -> None:
         "I rewrite this: bake it.",
         "Bake it, as instructed.",
         "Somebody else replied that one bakes it.",
+        "As my colleague wrote, bake it.",
+        "Bake it. <<<END REPLY>>",
         "Bake it. <<<END MESSAGE>>>",
         "<reply>Bake it.",
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from pipeline.data.chat import ChatEncoder
 from pipeline.data.schema import read_conversations
 from pipeline.data.thinking import join_thought
 from pipeline.evaluation.jsonl import read_lines
-from tests import reasoners, tiny
+from tests import doors, reasoners, tiny
+from tests.doors import ROOT
 
 HELPFUL, REFUSING, SAMPLES = 6, 2, 2
 ROWS = HELPFUL + REFUSING
@@ -45,13 +49,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "safety.jsonl", rows)
 
 
-def rewrite(model: Path, source: Path | str, out: Path, **settings: Any) -> dict[str, Any]:
-    """report.json of a run with these flags."""
+def words_of(model: Path, source: Path | str, out: Path, **settings: Any) -> list[str]:
     flags = {
         "model_name_or_path": model, "source_data": source, "output_dir": out, "guard": "none", "samples": SAMPLES,
         "max_new_tokens": 160, "max_length": 2048, "own_answers": 4, "temperature": 0.8, "batch_size": 4, **settings,
     }  # fmt: skip
-    run(parse(CONFIGS, [word for name, value in flags.items() for word in (f"--{name}", str(value))], description=""))
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def rewrite(model: Path, source: Path | str, out: Path, **settings: Any) -> dict[str, Any]:
+    """report.json of a run with these flags."""
+    run(parse(CONFIGS, words_of(model, source, out, **settings), description=""))
     found: dict[str, Any] = json.loads((out / "report.json").read_text())
     return found
 
@@ -185,6 +193,38 @@ def test_interrupted_anywhere_it_ends_with_the_same_files(
     path.with_name(f"{path.name}.part0").write_bytes(whole[: len(whole) * 2 // 3])
     rewrite(thinker, data, out)
     assert files(out) == files(finished)
+
+
+def test_a_killed_door_with_two_workers_ends_with_the_same_files(
+    thinker: Path, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = words_of(thinker, data, out, num_workers=2)
+    command = [sys.executable, "pipeline/curate.py", "--method", "dgr", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("work/round1.jsonl*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    assert not (out / "report.json").exists()
+    again = doors.run("pipeline/curate.py", "--method", "dgr", *flags)
+    assert again.returncode == 0, again.stderr
+    assert "fallback rate" in again.stdout
+    assert files(out) == files(finished)
+    assert not (out / "work").exists()
+
+
+def test_the_door_names_what_is_wrong(tmp_path: Path) -> None:
+    for flags, message in (
+        ([], "error: --method: choose from "),
+        (["--method", "dgr", "--sampels", "2"], "error: --sampels is unknown; did you mean samples?"),
+        (["--method", "dgr"], "error: --source_data: missing; name the rows to rewrite"),
+    ):
+        done = doors.run("pipeline/curate.py", *flags)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_a_finished_rewriting_is_only_shown(

@@ -32,7 +32,7 @@ def row(turn: str) -> Conversation:
     "turn",
     [
         join_thought(THOUGHT, ANSWER),
-        f"<think>{THOUGHT}</think>{ANSWER}\n",
+        f"<think>{THOUGHT}</think>{ANSWER}",
         f"{THOUGHT}\n</think>\n\n{ANSWER}",
     ],
     ids=["as generated", "tight", "opened by the prompt"],
