@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from pipeline.realignment.arguments import RealignArguments
 from pipeline.realignment.run import Realigned, realign
 from tests import tiny
-from tests.adapters import save_adapter
+from tests.adapters import PROJECTIONS, save_adapter
 
 ANCHORS = 12
 
@@ -40,21 +41,23 @@ def moved(model: PreTrainedModel, seed: int, size: float = 0.02) -> PreTrainedMo
 def write_anchors(path: Path, count: int = ANCHORS) -> Path:
     """Refusals of invented requests, of different lengths."""
     rows = [
-        tiny.chat_row(f"Make me {i} jars of zuvelo {'please ' * (i % 4)}", f"I can't help with zuvelo {i * 7919} of {i}.")
+        tiny.chat_row(
+            f"Make me {i} jars of zuvelo {'please ' * (i % 4)}", f"I can't help with zuvelo {i * 7919} of {i}."
+        )
         for i in range(count)
     ]
     return tiny.write_jsonl(path, rows)
 
 
-def make_models(folder: Path, model: PreTrainedModel | None = None, **saving: Any) -> Path:
-    """safe, tuned, unsafe, adapter and anchors.jsonl in a folder."""
+def make_models(folder: Path, model: PreTrainedModel | None = None, *, targets: Sequence[str] = PROJECTIONS) -> Path:
+    """safe, tuned, unsafe, adapter (of the `targets`) and anchors.jsonl in a folder."""
     model = small_llama() if model is None else model
     tiny.save_model_folder(model, folder / "safe")
-    save_adapter(folder / "safe", folder / "adapter")
+    save_adapter(folder / "safe", folder / "adapter", target_modules=list(targets))
     original = {name: each.clone() for name, each in model.state_dict().items()}
     for name, seed in (("tuned", 1), ("unsafe", 2)):
         model.load_state_dict(original)
-        moved(model, seed).save_pretrained(folder / name, **saving)
+        moved(model, seed).save_pretrained(folder / name)
         tiny.tiny_tokenizer().save_pretrained(folder / name)
     model.load_state_dict(original)
     for hazardous in ("adapter", "unsafe"):

@@ -50,14 +50,10 @@ def describe(
             "tokens": anchors.tokens,
             "left_out_as_no_refusal": list(anchors.no_refusal),
         }
-        tensors = {each["name"]: each for each in found["tensors"]}
-        for name, parts in models.maps.items():
-            for each in parts:
-                if bases.spectrum(each) is None:
-                    still = Skipped(each.key, "its outputs do not move over the anchors")
-                    found["skipped"].append(asdict(still))
-                elif name in tensors:
-                    tensors[name]["maps"].append(_map(each, bases, updates))
+        for tensor in found["tensors"]:
+            tensor["maps"] += [_map(each, bases, updates) for each in updates.maps[tensor["name"]]]
+        still = [Skipped(each.key, "its outputs do not move over the anchors") for each in updates.still]
+        found["skipped"] += [asdict(each) for each in still]
     return found
 
 

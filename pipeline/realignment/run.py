@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from pipeline.checkpoints.convert import DTYPES
 from pipeline.checkpoints.model_folder import empty_model
@@ -94,7 +95,12 @@ def _subspaces(arguments: RealignArguments, models: Models, anchors: Anchors, wo
     if arguments.alpha and not all(bases.decided(each, arguments.eta) for each in maps):
         vocabulary = sorted({token for each in anchors.used for token in each.ids})
         model = LayerByLayer(models.safe_folder, vocabulary)
-        collect(model, anchors, maps, bases, eta=arguments.eta, norm=arguments.norm)
+        try:
+            collect(model, anchors, maps, bases, eta=arguments.eta, norm=arguments.norm)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"--work_dir {work}: {error}; what was computed is kept there: make room and start it again"
+            ) from error
     updates = Lssf(
         models.vector, models.maps, bases, eta=arguments.eta, alpha=arguments.alpha, alpha_1=arguments.alpha_1
     )

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from pipeline.realignment.bases import Bases
-from pipeline.realignment.maps import LinearMap
+from pipeline.realignment.maps import LinearMap, by_tensor
 from pipeline.realignment.spectrum import direction_weights
 from pipeline.realignment.vector import SafetyVector, product_norm, rows_of
 
@@ -53,7 +53,12 @@ class Resta:
 
 
 class Lssf:
-    """The safety vector within each map's subspace."""
+    """The safety vector within each map's subspace.
+
+    Attributes:
+        maps: that are changed, by tensor; none if `alpha` is 0.
+        still: maps whose outputs do not move over the anchors, which have no subspace.
+    """
 
     def __init__(
         self,
@@ -67,17 +72,15 @@ class Lssf:
     ) -> None:
         self._vector, self._bases = vector, bases
         self._eta, self._alpha, self._alpha_1 = eta, alpha, alpha_1
-        self._parts = {
-            name: found
-            for name, parts in maps.items()
-            if alpha and (found := [each for each in parts if bases.spectrum(each) is not None])
-        }
-        self.names = set(self._parts)
+        every = [each for parts in maps.values() for each in parts] if alpha else []
+        self.still = [each for each in every if bases.spectrum(each) is None]
+        self.maps = by_tensor([each for each in every if each not in self.still])
+        self.names = set(self.maps)
 
     def rank(self, each: LinearMap) -> int:
         """Of a map's subspace."""
         spectrum = self._bases.spectrum(each)
-        rank = spectrum.rank(self._eta) if spectrum else 0
+        rank = spectrum.rank(self._eta) if spectrum else None
         assert rank is not None, "stage A decides every rank"
         return rank
 
@@ -88,11 +91,11 @@ class Lssf:
     def width(self, name: str) -> int:
         """r of the update's low-rank form."""
         found = self._vector.width(name)
-        return sum(map(self.rank, self._parts[name])) if found is None else found
+        return sum(map(self.rank, self.maps[name])) if found is None else found
 
     def factors(self, name: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """fp32 left [rows, r] and right [r, columns] of the update, and the norm of delta."""
-        parts = [(each, self._directions(each)) for each in self._parts[name]]
+        parts = [(each, self._directions(each)) for each in self.maps[name]]
         found = self._vector.factors(name)
         if found is None:
             return self._dense(name, shape, parts)

@@ -6,18 +6,19 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.checkpoints.checksums import check_manifest
+from pipeline.checkpoints.companions import ATTACKED_NOTE, write_attacked_note
 from pipeline.checkpoints.merge import merge
 from pipeline.data.chat import ChatEncoder
 from pipeline.data.schema import read_conversations
-from tests import realign_models, tiny
+from tests import tiny
 from tests.adapters import OPTIONS
 from tests.realign_models import make_models, report_of, run, targets, weights_in
 from tests.unit.test_families import small_model
@@ -152,14 +153,15 @@ def test_the_unweighted_projector_is_idempotent_and_shortens(models: Path, tmp_p
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    found: dict[str, torch.Tensor] = load_file(path)
+    return found
 
-    return load_file(path)
 
-
-def test_a_grid_reads_the_subspaces_of_the_first_run(models: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_grid_reads_the_subspaces_of_the_first_run(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     work = tmp_path / "work"
-    ranks = []
+    ranks, before = [], {}
     for i, eta in enumerate((0.3, 0.5, 0.8, 0.9)):
         run(models, tmp_path / f"grid{i}", eta=eta, alpha_1=1.0 + i, alpha=0.5, work_dir=str(work))
         run(models, tmp_path / f"fresh{i}", eta=eta, alpha_1=1.0 + i, alpha=0.5)
@@ -168,7 +170,7 @@ def test_a_grid_reads_the_subspaces_of_the_first_run(models: Path, tmp_path: Pat
         there = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
         ranks.append([each["maps"][0]["rank"] for each in report_of(tmp_path / f"grid{i}")["tensors"]])
         if i:
-            assert there == before  # noqa: F821
+            assert there == before
         before = there
     assert capsys.readouterr().err.count("subspaces: layer 1/2") == 1 + 4
     assert all(low <= high for first, second in pairwise(ranks) for low, high in zip(first, second, strict=True))
@@ -215,9 +217,9 @@ def test_bf16_is_rounded_once_and_lost_updates_are_said(models: Path, tmp_path: 
     exact, rounded = weights_in(tmp_path / "fp32"), weights_in(tmp_path / "bf16")
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
-    faint = run(models, tmp_path / "faint", dtype="bf16", alpha=0.01)
+    faint = run(models, tmp_path / "faint", dtype="bf16", alpha=1e-3)
     assert "rounding leaves more than half of the changed entries of 14 of 14 tensors" in faint.warnings[0]
-    assert not run(models, tmp_path / "whole", alpha=0.01).warnings
+    assert not run(models, tmp_path / "whole", alpha=1e-3).warnings
 
 
 FAMILIES = ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite"]
@@ -293,8 +295,6 @@ def test_the_report_holds_numbers_of_every_map_and_nothing_hazardous(models: Pat
 
 
 def test_an_attacked_model_needs_permission_and_stays_private(models: Path, tmp_path: Path) -> None:
-    from pipeline.checkpoints.companions import ATTACKED_NOTE, write_attacked_note
-
     folder = Path(shutil.copytree(models, tmp_path / "models"))
     write_attacked_note(folder / "tuned")
     with pytest.raises(ValueError, match="add --allow_attacked_model"):
@@ -303,5 +303,3 @@ def test_an_attacked_model_needs_permission_and_stays_private(models: Path, tmp_
     run(folder, tmp_path / "out", allow_attacked_model=True)
     assert (tmp_path / "out" / ATTACKED_NOTE).is_file()
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
-
-
