@@ -52,7 +52,7 @@ def describe(
         }
         for tensor in found["tensors"]:
             tensor["maps"] += [_map(each, bases, updates) for each in updates.maps[tensor["name"]]]
-        still = [Skipped(each.key, "its outputs do not move over the anchors") for each in updates.still]
+        still = [Skipped(each.key, "has outputs that do not move over the anchors") for each in updates.still]
         found["skipped"] += [asdict(each) for each in still]
     return found
 
@@ -87,7 +87,11 @@ def write_report(found: dict[str, Any], folder: Path) -> None:
 def warnings(found: Mapping[str, Any]) -> list[str]:
     """What a user should look at before the model is used, line by line."""
     tensors = found["tensors"]
-    lines = [f"{each['name']}: skipped: {each['reason']}" for each in found["skipped"]]
+    lines = []
+    for reason in dict.fromkeys(each["reason"] for each in found["skipped"]):
+        names = [each["name"] for each in found["skipped"] if each["reason"] == reason]
+        more = " ..." if len(names) > 3 else ""
+        lines.append(f"{len(names)} tensors stay as they were tuned ({', '.join(names[:3])}{more}): each {reason}")
     if left_out := found.get("anchors", {}).get("left_out_as_no_refusal"):
         lines.append(
             f"{len(left_out)} anchors were left out because their answer is no refusal: {', '.join(left_out[:5])}"

@@ -57,7 +57,7 @@ class Lssf:
 
     Attributes:
         maps: that are changed, by tensor; none if `alpha` is 0.
-        still: maps whose outputs do not move over the anchors, which have no subspace.
+        still: maps whose outputs do not move over the anchors: they have no subspace.
     """
 
     def __init__(
