@@ -76,12 +76,13 @@ class AdapterVector:
     def __init__(self, adapter_folder: Path, safe: WeightsFolder, safe_folder: Path) -> None:
         self._adapter = Adapter(adapter_folder)
         updates, replaced = self._adapter.plan(empty_model(safe_folder), safe.specs, safe_folder)
-        if replaced:
-            raise ValueError(
-                f"--unsafe_adapter {adapter_folder}: holds whole tensors ({', '.join(sorted(replaced)[:3])}), as "
-                "modules_to_save does; train it without them"
-            )
         self._updates = {update.name: update for update in updates}
+        # Of an adapted head or embedding PEFT saves the frozen weight as well: that is the safe model's.
+        if whole := sorted(replaced.keys() - self._updates.keys()):
+            raise ValueError(
+                f"--unsafe_adapter {adapter_folder}: holds whole tensors ({', '.join(whole[:3])}), as modules_to_save "
+                "does; train it without them"
+            )
         self.names = set(self._updates)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
