@@ -76,7 +76,14 @@ def numbers(
 
 def write_report(found: dict[str, Any], folder: Path) -> None:
     """report.html, then report.json: where that is, the rewriting is finished."""
-    page = render("rewrite_page.html", {}, found=found, metrics=METRICS, conditions=FILTERS)
+    page = render(
+        "rewrite_page.html",
+        {},
+        name=Path(found["settings"]["model"]).name,
+        found=found,
+        metrics=METRICS,
+        conditions=FILTERS,
+    )
     write_bytes(folder / "report.html", page.encode())
     write_json(folder / REPORT, found)
 

@@ -296,6 +296,7 @@ def test_the_page_says_the_fallback_rate_and_what_is_reconstructed(finished: Pat
     assert "fallback rate, 95 % interval" in page
     assert "no model has looked whether the rewritten texts are safe" in page
     assert "2602.02136" in page
+    assert "in the words of thinker</h1>" in page
     assert "http" not in page.replace("http-equiv", "")
     for name in FILTERS:
         assert f"<b>{name}</b>" in page
