@@ -46,6 +46,7 @@ DOORS = {
     "convert": Door(
         file="tools/zero_to_hf.py", positional=("checkpoint",), output_by_position=True, weights="folder", guarded=True
     ),
+    "realign": Door(file="pipeline/realign.py", weights="folder", guarded=True, continues=True),
     "match": Door(file="tools/match_checkpoint.py", positional=("run",), weights="link"),
     "measure": Door(file="pipeline/measure.py"),
     "assess": Door(file="pipeline/assess.py", continues=True),

@@ -57,6 +57,15 @@ def _configs(stage: Stage) -> tuple[list[type], dict[str, str]]:
         name = peek("method", stage.arguments()) or TrainArguments.method
         configs = [ModelArguments, DataArguments, LoraArguments, TrainArguments, load_method(name).Config]
         return configs, flags_of_others(name)
+    if stage.run == "curate":
+        from pipeline.curation import flags_of_others, load_module
+
+        method = peek("method", stage.arguments())
+        return list(load_module(method).CONFIGS), flags_of_others(method)
+    if stage.run == "realign":
+        from pipeline.realignment.arguments import RealignArguments
+
+        return [RealignArguments], {}
     if stage.run == "assess":
         from pipeline.evaluation.run import AssessArguments
 
