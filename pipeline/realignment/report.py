@@ -40,7 +40,7 @@ def describe(
         "safety_vector": "safe model minus " + ("adapter" if arguments.unsafe_adapter else "unsafe model"),
         "attacked": models.attacked,
         "settings": {name: getattr(arguments, name) for name in _SETTINGS[arguments.method]},
-        "tensors": [{**changes[name], "maps": []} for name in sorted(changes)],
+        "tensors": [{**changes[name], "maps": []} for name in models.maps or models.tuned.specs if name in changes],
         "skipped": [asdict(each) for each in models.skipped],
     }
     if lssf:

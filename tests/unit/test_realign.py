@@ -44,7 +44,7 @@ def deltas(models: Path, unsafe: str) -> dict[str, torch.Tensor]:
     return {name: safe[name].double() - other[name].double() for name in safe}
 
 
-def in_memory(models: Path, unsafe: str, *, eta: float = ETA, alpha_1: float = ALPHA_1) -> dict[str, torch.Tensor]:
+def in_memory(models: Path, unsafe: str, *, eta: float = ETA, norm: str = "neuron") -> dict[str, torch.Tensor]:
     """P' delta of each target, from the whole model with hooks and full SVDs in fp64; nothing of the product but the
     tokeniser's path."""
     model = AutoModelForCausalLM.from_pretrained(models / "safe").double().eval()
@@ -64,11 +64,13 @@ def in_memory(models: Path, unsafe: str, *, eta: float = ETA, alpha_1: float = A
     for name, texts in inputs.items():
         x = torch.cat([each[rows] for each, rows in zip(texts, counted, strict=True)])
         z = weights[name] @ x.T  # as in the paper: neurons x tokens
-        z = (z - z.mean(1, keepdim=True)) / z.std(1, unbiased=False, keepdim=True)
+        if norm != "none":
+            axis = 1 if norm == "neuron" else 0
+            z = (z - z.mean(axis, keepdim=True)) / z.std(axis, unbiased=False, keepdim=True)
         u, sigma, _ = torch.linalg.svd(z, full_matrices=False)
         rank = plain_rank(sigma, eta)
         slope = (sigma[:rank] - sigma[rank - 1]) / (sigma[0] - sigma[rank - 1])
-        weighted = u[:, :rank] * (1 + (alpha_1 - 1) * slope)
+        weighted = u[:, :rank] * (1 + (ALPHA_1 - 1) * slope)
         found[name] = weighted @ (weighted.T @ delta[name])
     return found
 
@@ -262,21 +264,37 @@ def test_a_fused_map_is_treated_as_the_maps_it_holds(tmp_path: Path) -> None:
         assert close(update[name][rows], vectors.T @ (vectors @ delta[name][rows]), 1e-4)
 
 
-def test_token_scope_and_norm_change_what_counts(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", ["token", "none"])
+def test_other_norms_and_biases_that_are_no_part_of_the_map(tmp_path: Path, norm: str) -> None:
+    model = with_vocabulary("qwen2")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.constant_(parameter, 5.0)
+    models = make_models(tmp_path, model)
+    run(models, tmp_path / "out", unsafe="model", norm=norm)
+    ours, theirs = updates(models, tmp_path / "out"), in_memory(models, "model", norm=norm)
+    assert all(close(ours[name], theirs[name], 2e-3) for name in theirs)
+
+
+def test_all_tokens_may_count(models: Path, tmp_path: Path) -> None:
     run(models, tmp_path / "out")
     run(models, tmp_path / "all", token_scope="all")
-    run(models, tmp_path / "none", norm="none")
     counts = [report_of(tmp_path / name)["anchors"]["tokens"] for name in ("out", "all")]
-    assert counts[0] < counts[1]
-    plain, unscaled = weights_in(tmp_path / "out"), weights_in(tmp_path / "none")
-    assert not torch.equal(plain[targets(models)[0]], unscaled[targets(models)[0]])
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(models / "safe"), max_length=512)
+    rows = [encoder.encode(each) for each in read_conversations(str(models / "anchors.jsonl"), flag="anchors")]
+    assert counts == [
+        sum(sum(x != -100 for x in each.labels) for each in rows),
+        sum(len(each.labels) for each in rows),
+    ]
 
 
 def test_the_report_holds_numbers_of_every_map_and_nothing_hazardous(models: Path, tmp_path: Path) -> None:
     run(models, tmp_path / "out")
     found = report_of(tmp_path / "out")
     delta, update = deltas(models, "adapter"), updates(models, tmp_path / "out")
-    assert [each["name"] for each in found["tensors"]] == sorted(targets(models))
+    model = AutoModelForCausalLM.from_pretrained(models / "tuned")
+    in_order = [name for name, _ in model.named_parameters() if name in targets(models)]
+    assert [each["name"] for each in found["tensors"]] == in_order
     for each in found["tensors"]:
         (only,) = each["maps"]
         assert 1 <= only["rank"] <= only["n"] == only["rows"]
