@@ -58,10 +58,10 @@ def _configs(stage: Stage) -> tuple[list[type], dict[str, str]]:
         configs = [ModelArguments, DataArguments, LoraArguments, TrainArguments, load_method(name).Config]
         return configs, flags_of_others(name)
     if stage.run == "curate":
-        from pipeline.curation import flags_of_others, load_module
+        from pipeline import curation
 
         method = peek("method", stage.arguments())
-        return list(load_module(method).CONFIGS), flags_of_others(method)
+        return list(curation.load_module(method).CONFIGS), curation.flags_of_others(method)
     if stage.run == "realign":
         from pipeline.realignment.arguments import RealignArguments
 
