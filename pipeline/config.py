@@ -176,6 +176,13 @@ class TrainArguments:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = field(
         default="none", metadata={"help": "Metrics tracker."}
     )
+    watchdog_minutes: float = field(
+        default=30.0,
+        metadata={
+            "help": "On several ranks: end the run when no rank has moved for so long, and name the one the others "
+            "wait for. 0: no watchdog."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the data order, the reference draws and dropout."})
     dry_run: bool = field(
         default=False, metadata={"help": "Resolve and check everything, show one row's mask and the budget, stop."}

@@ -24,6 +24,7 @@ FLOORS = {
     "pipeline": 0,
     "pipeline.config": 0,
     "pipeline.builtin_model": 0,
+    "pipeline.slurm_job": 0,
     "pipeline.data": 1,
     "pipeline.sink": 1,
     "pipeline.checkpoints": 2,
