@@ -65,7 +65,7 @@ test: setup  ## run every test (under 15 minutes on two cores)
 
 # Debian's Slurm, where it is not there yet; the tests start two nodes of it on this machine, as root.
 test-slurm: setup  ## the templates on a little Slurm cluster of this machine's own (Debian or Ubuntu, as root)
-	@command -v /usr/sbin/slurmctld shellcheck >/dev/null && command -v sbatch >/dev/null || { \
+	@for each in munged slurmctld slurmd sbatch shellcheck; do PATH=$$PATH:/usr/sbin type -P $$each || exit 1; done >/dev/null || { \
 	  apt-get update -q && apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client munge shellcheck; } >/dev/null
 	@$(VENV_PYTHON) -m pytest tests/slurm
 

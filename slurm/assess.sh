@@ -8,7 +8,8 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 set -euo pipefail
-source "$SLURM_SUBMIT_DIR/slurm/launch.sh" || { echo "error: submit from the root of the repository" >&2; exit 2; }
+[[ -f $SLURM_SUBMIT_DIR/slurm/launch.sh ]] || { echo "error: submit from the root of the repository" >&2; exit 2; }
+source "$SLURM_SUBMIT_DIR/slurm/launch.sh"
 
 folders=()
 while (($#)) && [[ $1 != --* ]]; do

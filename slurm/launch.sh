@@ -10,12 +10,14 @@ fail() {
 cd "$SLURM_SUBMIT_DIR" || fail "the folder $SLURM_SUBMIT_DIR is not on this node: submit from a disk that all nodes share"
 
 # shellcheck source=slurm/site.sh
-source "${SITE:-slurm/site.sh}" || fail "${SITE:-slurm/site.sh} ends with an error"
+source "${SITE:-slurm/site.sh}"
 if [[ -z $CONTAINER_IMAGE ]]; then
   command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON of ${SITE:-slurm/site.sh} is no program on $(hostname): make setup, or edit it"
 fi
 
 RESTARTS=${SLURM_RESTART_COUNT:-0}
+JOB=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the id alone may mean the whole array
 
 # srun starts the ranks, one task each: no ssh, no host file. Which rank a task is, Python reads from SLURM_*.
 gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} # 8, a100:8, or 0 for ranks on CPUs
@@ -26,10 +28,10 @@ CONTAINER=()
 if [[ -n $CONTAINER_IMAGE ]]; then
   CONTAINER=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$CONTAINER_MOUNTS" "--container-workdir=$PWD")
 fi
-# One rank that fails ends all, and ranks that linger after the first good end are ended a minute later.
+# Ranks that linger after the first good end are ended a minute later.
 ALL_RANKS=(
   srun "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))"
-  "--ntasks-per-node=$RANKS_PER_NODE" "--cpus-per-task=$((CORES > 0 ? CORES : 1))" --kill-on-bad-exit=1 --wait=60 "${CONTAINER[@]}"
+  "--ntasks-per-node=$RANKS_PER_NODE" "--cpus-per-task=$((CORES > 0 ? CORES : 1))" --wait=60 "${CONTAINER[@]}"
 )
 
 # The first node is where rank 0 runs. The port is below those that Linux gives to outgoing connections.
@@ -48,7 +50,7 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-120}
 
 # How to go on by hand; run.json keeps it.
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+script=$(scontrol show job "$JOB" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
 RESUME_COMMAND=$(printf 'cd %q && sbatch --job-name=%q --partition=%q --nodes=%q --gpus-per-node=%q %q' \
   "$PWD" "$SLURM_JOB_NAME" "$SLURM_JOB_PARTITION" "$SLURM_JOB_NUM_NODES" "$gpus" "$script")
 for word in "$@"; do RESUME_COMMAND+=$(printf ' %q' "$word"); done
@@ -82,7 +84,8 @@ trap 'echo "the scheduler ends this job: the ranks save"' USR1 TERM
 preflight() {
   local code=0
   ((DOCTOR_SECONDS > 0)) || return 0
-  "${ALL_RANKS[@]}" "$PYTHON" tools/doctor.py --distributed --output_dir "$1" --timeout "$DOCTOR_SECONDS" &
+  # Without --kill-on-bad-exit: all end by themselves, and none must be ended by the signal that means a stop.
+  "${ALL_RANKS[@]}" --kill-on-bad-exit=0 "$PYTHON" tools/doctor.py --distributed --output_dir "$1" --timeout "$DOCTOR_SECONDS" &
   wait_for $! || code=$?
   case $code in
     0) ;;
@@ -103,7 +106,8 @@ train() {
   rm -f "$REQUEUE_MARKER"
   echo "start $RESTARTS of job $SLURM_JOB_ID: $((SLURM_JOB_NUM_NODES * RANKS_PER_NODE)) ranks on $SLURM_JOB_NODELIST, logs in $logs"
   echo "to go on by hand: $RESUME_COMMAND"
-  "${ALL_RANKS[@]}" "--output=$logs/rank_%t.log" \
+  # One rank that fails ends all.
+  "${ALL_RANKS[@]}" --kill-on-bad-exit=1 "--output=$logs/rank_%t.log" \
     "$PYTHON" pipeline/train.py --resume_from_checkpoint auto --output_dir "$folder" "$@" &
   local ranks=$!
   touch "$logs/rank_0.log"
@@ -148,14 +152,14 @@ stage() {
 # requeue CODE REASON: start this job again, unless that was too often or the scheduler has done it; ends the job
 requeue() {
   local job
-  job=$(scontrol show job "$SLURM_JOB_ID")
+  job=$(scontrol show job "$JOB")
   if [[ $job != *JobState=RUNNING* || $job != *" Restarts=$RESTARTS "* ]]; then
     echo "the scheduler has requeued or ended this job itself: $2"
   elif ((RESTARTS >= MAX_RESTARTS)); then
     echo "error: stopped again after $RESTARTS restarts (MAX_RESTARTS): not requeued: $2" >&2
   else
     echo "requeued: $2"
-    scontrol requeue "$SLURM_JOB_ID" || echo "error: could not be requeued; to go on: $RESUME_COMMAND" >&2
+    scontrol requeue "$JOB" || echo "error: could not be requeued; to go on: $RESUME_COMMAND" >&2
   fi
   exit "$1"
 }

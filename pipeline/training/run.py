@@ -47,8 +47,8 @@ def execute(run: Prepared) -> None:
         stop(run.world, error)
     except Stopped as stopped:
         leave(run.world, stopped)
-    except RuntimeError:
-        if watchdog is not None:
+    except RuntimeError as error:
+        if watchdog is not None and "by peer" not in str(error):  # else another rank has ended, which is no riddle
             watchdog.after_error()
         raise
     finally:
@@ -63,11 +63,13 @@ def leave(here: World, stopped: Stopped) -> NoReturn:
         if stopped.code == STOPPED:
             ask_for_requeue(stopped.code, str(stopped))
         print(stopped, file=sys.stderr, flush=True)
+    sys.stdout.flush()
     dist.barrier()
     # srun and deepspeed kill all ranks with the first that fails: only rank 0 does, when the others are gone.
-    if here.main:
-        time.sleep(EXIT_SECONDS)
-    sys.exit(stopped.code if here.main else 0)
+    if not here.main:
+        os._exit(0)
+    time.sleep(EXIT_SECONDS)
+    sys.exit(stopped.code)
 
 
 def stop(here: World, error: Exception) -> NoReturn:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -34,13 +33,13 @@ class Stopped(Exception):
 
 def listen() -> None:
     """Hear the signals from now on; until `training_begins`, which is before ranks know each other, one ends this
-    process at once with the code that requeues."""
+    process at once. Rank 0 asks for the requeue: a launcher sends SIGTERM to ranks as well when another one failed."""
 
     def hear(number: int, frame: FrameType | None) -> None:
         _heard.append(signal.Signals(number).name)
         if _nothing_to_save:
-            ask_for_requeue(STOPPED, f"{_heard[-1]} before training began")
-            os.write(sys.stderr.fileno(), f"{_heard[-1]} before training began: nothing to save\n".encode())
+            if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0":
+                ask_for_requeue(STOPPED, f"{_heard[-1]} before training began")
             os._exit(STOPPED)
 
     for each in SIGNALS:

@@ -128,12 +128,8 @@ class Cluster:
     def stop(self) -> None:
         """Cancel all jobs, end all daemons."""
         if "slurmctld" in self._daemons:
-            self.run("scancel", "--state=PENDING", "-u", "root")
-            self.run("scancel", "--signal=KILL", "--full", "-u", "root")
-            self.run("scancel", "-u", "root")
-            deadline = time.monotonic() + 2 * KILL_WAIT
-            while self.run("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
-                time.sleep(0.2)
+            self.run("scancel", "--user=root")
+            self.drain()
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGTERM)
             try:
@@ -142,6 +138,12 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+
+    def drain(self) -> None:
+        """Wait until no job is left, not even one that ends."""
+        deadline = time.monotonic() + 4 * KILL_WAIT
+        while self.run("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def run(self, *words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
         """One of Slurm's commands, or any other with Slurm's environment."""
