@@ -8,7 +8,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 set -euo pipefail
-[[ -f $SLURM_SUBMIT_DIR/slurm/launch.sh ]] || { echo "error: submit from the root of the repository" >&2; exit 2; }
+[[ -f $SLURM_SUBMIT_DIR/slurm/launch.sh ]] || { echo "error: submit from the root of the repository, on a disk that all nodes share" >&2; exit 2; }
 source "$SLURM_SUBMIT_DIR/slurm/launch.sh"
 
 folders=()

@@ -10,6 +10,6 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@600
 set -euo pipefail
-[[ -f $SLURM_SUBMIT_DIR/slurm/launch.sh ]] || { echo "error: submit from the root of the repository" >&2; exit 2; }
+[[ -f $SLURM_SUBMIT_DIR/slurm/launch.sh ]] || { echo "error: submit from the root of the repository, on a disk that all nodes share" >&2; exit 2; }
 source "$SLURM_SUBMIT_DIR/slurm/launch.sh"
 train --config pipeline/recipes/surgery_8b.yaml "$@"

@@ -48,6 +48,8 @@ class Watchdog:
         self.store = stores.PrefixStore("watchdog", server)
         self.here, self.heart, self.seconds, self.folder = here, heart, 60 * minutes, folder
         self.node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        # Of a task of srun: its slurmstepd. Nobody else would end a rank whose slurmstepd was killed.
+        self._parent = os.getppid() if "SLURM_STEP_NUM_TASKS" in os.environ else None
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
         self._moved: dict[int, tuple[Any, float]] = {}  # each rank's last progress, and when rank 0 saw it
@@ -67,6 +69,8 @@ class Watchdog:
     def _run(self) -> None:
         try:
             while not self._closed.wait(INTERVAL):
+                if self._parent not in (None, os.getppid()):
+                    os._exit(1)
                 self._tell()
                 if self.here.main:
                     self._judge()
