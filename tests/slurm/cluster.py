@@ -155,8 +155,9 @@ class Cluster:
     def _start(self, *words: str, name: str = "") -> None:
         name = name or words[0]
         with (self.folder / f"{name}.out").open("ab") as output:
+            # A daemon ends with this process, however that ends.
             self._daemons[name] = subprocess.Popen(
-                words, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                ["setpriv", "--pdeathsig", "KILL", *words], env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
 
