@@ -157,8 +157,8 @@ class Cluster:
         with (self.folder / f"{name}.out").open("ab") as output:
             # A daemon ends with this process, however that ends.
             self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *words], env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                ["setpriv", "--pdeathsig", "KILL", *words], env=self.environment, stdout=output, stderr=output,
+                stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
 
