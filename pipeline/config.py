@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
+import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
@@ -21,8 +21,6 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 
 T = TypeVar("T")
-
-SILENCE = 10.0  # seconds that ranks other than 0 leave it to report a problem
 
 # Names that transformers users type and that mean something else here, or nothing any more.
 RENAMED = {
@@ -71,11 +69,19 @@ class DataArguments:
     )
     harmful_data: str | None = field(
         default=None,
-        metadata={"help": "Reference pool of harmful texts. [default with --method surgery: policy:harmful]"},
+        metadata={"help": "Pool of harmful texts that the method learns from. [default: policy:harmful]"},
     )
     harmless_data: str | None = field(
         default=None,
-        metadata={"help": "Reference pool of harmless texts. [default with --method surgery: policy:harmless]"},
+        metadata={"help": "Reference pool of harmless texts of --method surgery. [default: policy:harmless]"},
+    )
+    guide_data: str | None = field(
+        default=None,
+        metadata={"help": "Alignment rows that --method lisa returns to. [default: policy:align]"},
+    )
+    tamper_data: str | None = field(
+        default=None,
+        metadata={"help": "Harmful texts on which --method tar measures resistance; its attacker trains on others."},
     )
     attack_data: str | None = field(
         default=None,
@@ -288,7 +294,7 @@ def _recipe_groups(path: str, known: Sequence[str]) -> Iterator[tuple[str, list[
 def _flag_groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """The command line cut before each flag."""
     starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
-    for first, end in zip(starts, [*starts[1:], len(argv)], strict=True):
+    for first, end in pairwise([*starts, len(argv)]):
         yield argv[first].split("=")[0], list(argv[first:end])
 
 
@@ -360,17 +366,13 @@ def peek(name: str, argv: Sequence[str]) -> str | None:
     return None if value is None else str(value)
 
 
-def run_door(main: Callable[[], None]) -> NoReturn:
-    """Run a door: exit 0, or print each problem and exit 2 on a ValueError of the user's input."""
-    try:
-        main()
-    except ValueError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            # Every rank finds the same problems, and a launcher ends all ranks with the first that exits: rank 0 is to
-            # speak for them. Who still lives after a while has a problem of its own, such as a file its node lacks.
-            time.sleep(SILENCE + 2 * int(os.environ.get("LOCAL_RANK", "0")))
-        for line in str(error).splitlines():
-            print(f"error: rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+def out_of_range(settings: Any, names: Iterable[str], lowest: float, end: float = math.inf) -> list[str]:
+    """A problem for each of some settings whose value is neither None nor in [lowest, end); NaN and infinity are in no
+    range."""
+    expected = f"{lowest} or more" + (f", below {end}" if end < math.inf else "")
+    values = {name: getattr(settings, name) for name in names}
+    return [
+        f"--{name} {value}: give {expected}"
+        for name, value in values.items()
+        if value is not None and not lowest <= value < end
+    ]

@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipeline/, whose files would shadow installed modules
 
-from pipeline.config import ModelArguments, parse, run_door  # noqa: E402
+from pipeline.config import ModelArguments, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from pipeline.training.distributed import world  # noqa: E402
 
 

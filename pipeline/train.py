@@ -9,15 +9,8 @@ from pipeline.training import signals  # noqa: E402
 
 signals.listen()  # before the imports below, which take seconds
 
-from pipeline.config import (  # noqa: E402
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    TrainArguments,
-    parse,
-    peek,
-    run_door,
-)
+from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from pipeline.methods import flags_of_others, load_method  # noqa: E402
 from pipeline.training.distributed import world  # noqa: E402
 

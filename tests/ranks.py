@@ -10,6 +10,10 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
+
+from pipeline.door import end_process
+from pipeline.training.distributed import World, leave_process_group
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +23,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def end_rank(here: World) -> NoReturn:
+    """The end of a worker's process, as that of a door's: why not simply return, `leave_process_group` says."""
+    leave_process_group(here)
+    end_process(0)
 
 
 def run_ranks(script: Path | str, *arguments: str, ranks: int, timeout: float = 600) -> list[str]:

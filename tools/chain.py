@@ -13,7 +13,7 @@ from pipeline.chain.recipe import load_recipe  # noqa: E402
 from pipeline.chain.runner import StageFailed, clean, run_chain, show_plan  # noqa: E402
 from pipeline.chain.slurm import begin, end, submit  # noqa: E402
 from pipeline.chain.stages import expand  # noqa: E402
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse  # noqa: E402
 
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from pipeline.report.comparison import read_rows  # noqa: E402
+from pipeline.report.page import write_report  # noqa: E402
+from pipeline.report.poison import write_poison_sweep  # noqa: E402
 from pipeline.report.positive_heads import write_hypothesis  # noqa: E402
 from pipeline.report.table import write_table  # noqa: E402
 
@@ -21,18 +23,22 @@ def main() -> None:
         nargs="+",
         required=True,
         metavar="NAME=assess:DIR[,DIR];sinks:DIR[,DIR];run:DIR[,DIR];match:DIR[,DIR]",
-        help="a model and the folders of its stages; several folders are seeds; only assess: is needed",
+        help="a model and the folders of its stages; several folders are seeds; only assess: is needed; names that "
+        "end in a ratio, such as 'SFT, 5 %%', are points of a sweep",
     )
     parser.add_argument(
         "--output_dir",
         type=Path,
         required=True,
-        help="folder for table.md, table.json and, of two measured rows or more, hypothesis.png",
+        help="folder for report.html, report.md, table.md, table.json; of two measured rows or more, hypothesis.png; "
+        "of a sweep, poison_sweep.png",
     )
     arguments = parser.parse_args()
     rows = read_rows(arguments.rows)
     print(write_table(rows, arguments.output_dir), end="")
     write_hypothesis(rows, arguments.output_dir)
+    write_poison_sweep(rows, arguments.output_dir)
+    write_report(rows, arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse  # noqa: E402
 
 from pipeline.checkpoints.convert import DTYPES  # noqa: E402
 from pipeline.checkpoints.merge import merge  # noqa: E402
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict  # noqa: E402
 from pipeline.checkpoints.logits import TOLERANCE, compare_logits  # noqa: E402
 from pipeline.checkpoints.tensor_stats import table  # noqa: E402
 from pipeline.checkpoints.verify import Report, verify  # noqa: E402
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse  # noqa: E402
 
 from pipeline.checkpoints.convert import DTYPES, WORKERS, convert  # noqa: E402
-from pipeline.config import run_door  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 
 
 def main() -> None:

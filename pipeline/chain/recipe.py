@@ -2,7 +2,9 @@
 
     name: demo                        # required
     output_dir: runs/demo             # where the chain writes unless --output_dir is given [default: runs/NAME]
-    matrix: {seed: [1, 2, 3]}         # optional: every stage runs once a seed, its folder ends in -seed1, -seed2 ...
+    matrix:                           # optional axes; a stage runs once for each value of the axes it depends on
+      seed: [1, 2, 3]                 # its folder then ends in -seed1, -seed2 ...
+      ratio: [{ratio: 0, rows: 240}, {ratio: 0.1, rows: 216}] # a value may bring more placeholders with it
     stages:
       - name: sft                     # required, unique: letters, digits and _; the folder is OUTPUT_DIR/sft
         run: train                    # required: train | convert | match | measure | assess | compare
@@ -12,14 +14,16 @@
           seed: "{seed}"
           eval_data: ["poisoned=policy:attack[:60]", "benign=policy:user[:60]"]
         after: [surgery]              # stages to wait for beside those that `with` refers to
-        once: false                   # true: not repeated for every seed of the matrix
+        skip: {ratio: [0]}            # not for these values, nor any stage that refers to this one
+        once: false                   # true: one stage for all values of all axes
 
-Inside a value, `{sft}` is the folder of stage sft, `{output_dir}` the chain's folder and `{seed}` the seed of the
-matrix. A stage with `once: true` sees the folders of all seeds, joined by commas (`{control}/checkpoint` gives each
-its suffix). The runner fills in the stage's own folder (`output_dir`, and convert's second position) and
-`resume_from_checkpoint`, so `with` must not; what a door takes by position (`checkpoint` of convert, `run` of match)
-is a key of `with` as well. Stages run from the current folder, where relative paths start. YAML anchors and merge keys
-(`<<`) work.
+Inside a value, `{sft}` is the folder of stage sft, `{output_dir}` the chain's folder, and `{seed}`, `{ratio}` or
+`{rows}` what the axes say. A stage depends on an axis that it names, or that a stage it refers to depends on. A stage
+with `once: true` sees the folders of all values, joined by commas (`{control}/checkpoint` gives each its suffix); an
+item of a list that names an axis is there repeated for each of its values, without those that are skipped. The runner
+fills in the stage's own folder (`output_dir`, and convert's second position) and `resume_from_checkpoint`, so `with`
+must not; what a door takes by position (`checkpoint` of convert, `run` of match) is a key of `with` as well. Stages
+run from the current folder, where relative paths start. YAML anchors and merge keys (`<<`) work.
 """
 
 from __future__ import annotations
@@ -33,12 +37,13 @@ from typing import Any
 import yaml
 
 from pipeline.chain.doors import DOORS, Door
+from pipeline.chain.matrix import read_matrix
 from pipeline.config import Problems, nearest
 
 RECIPE_KEYS = ("name", "output_dir", "matrix", "stages")
-STAGE_KEYS = ("name", "run", "ranks", "with", "after", "once")
+STAGE_KEYS = ("name", "run", "ranks", "with", "after", "skip", "once")
 # Folders and placeholders of the runner's own; `logs` would be the folder of a stage of that name.
-RESERVED_NAMES = ("seed", "output_dir", "logs")
+RESERVED_NAMES = ("output_dir", "logs")
 # What the runner fills in by itself.
 RUNNER_FLAGS = ("output_dir", "resume_from_checkpoint")
 
@@ -47,13 +52,15 @@ REFERENCE = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage as the recipe writes it, before the matrix repeats it. `settings` is its `with`."""
+    """A stage as the recipe writes it, before the matrix repeats it. `settings` is its `with`; `skip` the values, by
+    axis, that it is not repeated for."""
 
     name: str
     run: str
     ranks: int
     settings: dict[str, Any]
     after: tuple[str, ...]
+    skip: dict[str, list[str]]
     once: bool
 
     @property
@@ -62,17 +69,23 @@ class StageSpec:
 
     def references(self) -> set[str]:
         """Every name in braces in the stage's values, stages and placeholders alike."""
-        return {name for text in _texts(self.settings.values()) for name in REFERENCE.findall(text)}
+        return names_in(self.settings.values())
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `seeds` is empty without a matrix."""
+    """A checked recipe. `axes`: each axis's values in the order of the matrix, a value being what every placeholder
+    of the axis stands for, the axis's own name first."""
 
     name: str
     output_dir: str
-    seeds: tuple[int, ...]
+    axes: dict[str, list[dict[str, str]]]
     stages: tuple[StageSpec, ...]
+
+
+def names_in(values: Iterable[Any]) -> set[str]:
+    """Every name in braces."""
+    return {name for text in _texts(values) for name in REFERENCE.findall(text)}
 
 
 def _texts(values: Iterable[Any]) -> Iterator[str]:
@@ -118,25 +131,13 @@ def load_recipe(path: Path) -> Recipe:
     output_dir = content.get("output_dir", f"runs/{name}")
     if not isinstance(output_dir, str) or not output_dir:
         problems.append(f"output_dir: expected a folder, got {output_dir!r}")
-    seeds = _read_seeds(content, problems)
     stages = _read_stages(content.get("stages"), problems)
-    _check_references(stages, _names(content.get("stages")), bool(seeds), problems)
+    names = _names(content.get("stages"))
+    axes = read_matrix(content.get("matrix", {}), names, problems)
+    _check_references(stages, names, axes, problems)
     if problems:
         raise Problems([f"{path}: {problem}" for problem in problems])
-    return Recipe(str(name), output_dir, seeds, tuple(stages))
-
-
-def _read_seeds(content: Mapping[str, Any], problems: list[str]) -> tuple[int, ...]:
-    if "matrix" not in content:
-        return ()
-    matrix = content["matrix"]
-    seeds = matrix.get("seed") if isinstance(matrix, dict) and set(matrix) == {"seed"} else None
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        problems.append(f"matrix: expected {{seed: [list of whole numbers]}}, got {matrix!r}")
-        return ()
-    if len(set(seeds)) < len(seeds):
-        problems.append(f"matrix: a seed stands twice in {seeds}")
-    return tuple(seeds)
+    return Recipe(str(name), output_dir, axes, tuple(stages))
 
 
 def _read_stages(entries: Any, problems: list[str]) -> list[StageSpec]:
@@ -166,6 +167,9 @@ def _read_stage(entry: Mapping[Any, Any], where: str, problems: list[str]) -> St
         found.append(f"ranks: {ranks!r} is not a whole number above 0, or above 1 for a door other than train")
     if not isinstance(after, list) or not all(isinstance(each, str) for each in after):
         found.append(f"after: expected a list of stage names, got {after!r}")
+    skip = entry.get("skip", {})
+    if not isinstance(skip, dict) or not all(isinstance(each, list) and each for each in skip.values()):
+        found.append(f"skip: expected {{axis: [values]}}, got {skip!r}")
     if not isinstance(once, bool):
         found.append(f"once: expected true or false, got {once!r}")
     if not isinstance(settings, dict):
@@ -175,7 +179,8 @@ def _read_stage(entry: Mapping[Any, Any], where: str, problems: list[str]) -> St
     problems += [f"{where}: {each}" for each in found]
     if found:
         return None
-    return StageSpec(str(name), str(run), ranks, settings, tuple(after), once)
+    skipped = {str(axis): [str(each) for each in values] for axis, values in skip.items()}
+    return StageSpec(str(name), str(run), ranks, settings, tuple(after), skipped, once)
 
 
 def _check_settings(settings: Mapping[Any, Any], door: Door) -> list[str]:
@@ -199,16 +204,42 @@ def _names(entries: Any) -> set[str]:
     return {str(entry.get("name")) for entry in entries if isinstance(entry, dict)}
 
 
-def _check_references(stages: list[StageSpec], names: set[str], matrix: bool, problems: list[str]) -> None:
+def _check_references(
+    stages: list[StageSpec], names: set[str], axes: Mapping[str, list[dict[str, str]]], problems: list[str]
+) -> None:
+    placeholders = {name for values in axes.values() for name in values[0]}
+    known = names | placeholders | {"output_dir"}
+    named: set[str] = set()
     for stage in stages:
         where = f"stage {stage.name}"
         references = stage.references()
-        known = names | {"output_dir"} | ({"seed"} if matrix and not stage.once else set())
+        named |= references
         problems += [f"{where}: {{{each}}} is unknown{nearest(each, known)}" for each in sorted(references - known)]
         problems += [
             f"{where}: after: {each} is unknown{nearest(each, names)}" for each in stage.after if each not in names
         ]
-        if stage.once and not matrix:
+        problems += [f"{where}: skip: {each}" for each in _check_skip(stage, axes)]
+        if stage.once and not axes:
             problems.append(f"{where}: once: has no effect without a matrix; take it out")
-        if matrix and stage.run == "train" and not stage.once and "seed" not in references:
-            problems.append(f'{where}: would train the same model for every seed: set seed: "{{seed}}", or once: true')
+        if stage.once:
+            alone = {key: value for key, value in stage.settings.items() if not isinstance(value, list)}
+            problems += [
+                f"{where}: {{{each}}} has several values in a stage that runs once: name it in an item of a list"
+                for each in sorted(names_in(alone.values()) & placeholders)
+            ]
+    problems += [
+        f"matrix: {axis} is named by no stage, so it has no effect: take it out, or name {{{axis}}} where it matters"
+        for axis, values in axes.items()
+        if not named & set(values[0])
+    ]
+
+
+def _check_skip(stage: StageSpec, axes: Mapping[str, list[dict[str, str]]]) -> list[str]:
+    found = ["has no effect on a stage that runs once; take it out"] if stage.skip and stage.once else []
+    for axis, values in stage.skip.items():
+        if axis not in axes:
+            found.append(f"{axis} is no axis of the matrix{nearest(axis, axes)}")
+        else:
+            there = [each[axis] for each in axes[axis]]
+            found += [f"{axis} has no value {each}{nearest(each, there)}" for each in values if each not in there]
+    return found

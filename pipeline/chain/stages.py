@@ -1,4 +1,4 @@
-"""From a recipe to the stages that run: one for each seed of the matrix, in order, each with folder and command."""
+"""From a recipe to the stages that run: one for each value of the axes it depends on, each with folder and command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chain.doors import DOORS, ROOT, Door
-from pipeline.chain.recipe import Recipe, StageSpec
+from pipeline.chain.matrix import Point, axes_named, placeholders, points, suffix
+from pipeline.chain.recipe import Recipe, StageSpec, names_in
 from pipeline.config import Problems, read_recipe
 
 # Stands for the chain's folder until the command is built: a definition is the same wherever the chain writes.
@@ -25,7 +26,7 @@ _REFERENCE_AND_PATH = re.compile(r"\{(\w+)\}((?:/[^\s,;{}]*)?)")
 class Stage:
     """One run of a door.
 
-    name: the recipe's name, with `-seedN` when the matrix repeats it.
+    name: the recipe's name, with `-seedN` and the like when the matrix repeats it.
     settings: the recipe's `with`, references resolved except `{output_dir}`.
     reads: names of the stages it refers to; waits: those and its `after`.
     definition: SHA-256 of what the stage is told to do; a finished stage is skipped only while it is unchanged.
@@ -87,13 +88,13 @@ def expand(recipe: Recipe, output_dir: Path) -> list[Stage]:
     to a stage that does not allow it.
     """
     expansion = _Expansion(recipe, output_dir)
-    for seed in recipe.seeds or (None,):
+    for point in points(recipe.axes, recipe.axes):
         for spec in recipe.stages:
             if not spec.once:
-                expansion.add(spec, seed, ())
+                expansion.add(spec, expansion.place(spec, point))
     for spec in recipe.stages:
         if spec.once:
-            expansion.add(spec, None, ())
+            expansion.add(spec, {})
     if expansion.problems:
         raise Problems(expansion.problems)
     return list(expansion.stages.values())
@@ -104,34 +105,80 @@ class _Expansion:
 
     def __init__(self, recipe: Recipe, output_dir: Path) -> None:
         self.specs = {spec.name: spec for spec in recipe.stages}
-        self.seeds = recipe.seeds
+        self.axes = recipe.axes
+        self.depends = {spec.name: self._depends_on(spec, ()) for spec in recipe.stages}
         self.output_dir = output_dir
         self.stages: dict[str, Stage] = {}
         self.problems: list[str] = []
 
-    def add(self, spec: StageSpec, seed: int | None, path: tuple[str, ...]) -> None:
-        """Add a stage behind those it waits for; `path` holds the stages that wait for it."""
-        name = _instance_name(spec, seed)
-        if name in path:
-            raise Problems([f"stages wait for each other: {' -> '.join([*path[path.index(name) :], name])}"])
-        if name in self.stages:
-            return
-        reads = {each: self._instances(self.specs[each], seed) for each in self.specs if each in spec.references()}
-        read = {_instance_name(*each): each for instances in reads.values() for each in instances}
-        after = [each for other in spec.after for each in self._instances(self.specs[other], seed)]
-        waits = read | {_instance_name(*each): each for each in after}
-        for each in waits.values():
-            self.add(*each, path=(*path, name))
-        values = {each: [f"{HERE}/{_instance_name(*one)}" for one in instances] for each, instances in reads.items()}
-        values |= {"output_dir": [HERE], "seed": [str(seed)]}
-        settings = {key: _resolve(value, values) for key, value in spec.settings.items()}
-        self.stages[name] = self._build(name, spec, settings, tuple(read), tuple(waits))
+    def _depends_on(self, spec: StageSpec, path: tuple[str, ...]) -> set[str]:
+        """The axes that a stage is repeated over."""
+        if spec.name in path:
+            raise Problems([f"stages wait for each other: {' -> '.join([*path[path.index(spec.name) :], spec.name])}"])
+        # Of a stage that runs once too, because a circle may lead through it.
+        others = [self._depends_on(each, (*path, spec.name)) for each in self._waits_for(spec)]
+        return set() if spec.once else set(axes_named(self.axes, spec.references())).union(*others)
 
-    def _instances(self, spec: StageSpec, seed: int | None) -> list[tuple[StageSpec, int | None]]:
-        """What a stage of this seed means by the name of `spec`; one of no single seed means those of all seeds."""
-        if spec.once or not self.seeds:
-            return [(spec, None)]
-        return [(spec, each) for each in (self.seeds if seed is None else [seed])]
+    def _waits_for(self, spec: StageSpec) -> list[StageSpec]:
+        """The stages it refers to, and those it is to run after."""
+        named = spec.references() | set(spec.after)
+        return [other for name, other in self.specs.items() if name in named]
+
+    def place(self, spec: StageSpec, point: Point) -> Point:
+        """The part of a point that makes a difference to a stage."""
+        return {axis: number for axis, number in point.items() if axis in self.depends[spec.name]}
+
+    def _skipped(self, spec: StageSpec, point: Point) -> bool:
+        """Whether a stage, or one that it refers to, is not for this point."""
+        if any(self.axes[axis][point[axis]][axis] in spec.skip.get(axis, ()) for axis in point):
+            return True
+        read = [self.specs[name] for name in spec.references() & set(self.specs)]
+        return not spec.once and any(self._skipped(each, self.place(each, point)) for each in read)
+
+    def add(self, spec: StageSpec, point: Point) -> None:
+        """Add a stage behind those it waits for, unless it is skipped."""
+        name = spec.name + suffix(self.axes, point)
+        if name in self.stages or self._skipped(spec, point):
+            return
+        settings: dict[str, Any] = {}
+        reads: dict[str, tuple[StageSpec, Point]] = {}
+        for key, value in spec.settings.items():
+            settings[key] = self._resolve(value, point, reads)
+        waits = dict(reads)
+        for other in spec.after:
+            waits |= self._instances(self.specs[other], point)
+        for each in waits.values():
+            self.add(*each)
+        self.stages[name] = self._build(name, spec, settings, tuple(reads), tuple(waits))
+
+    def _instances(self, spec: StageSpec, point: Point) -> dict[str, tuple[StageSpec, Point]]:
+        """What a stage at this point means by the name of `spec`: those of all values of axes that are not fixed."""
+        found = [each for each in points(self.axes, self.depends[spec.name], point) if not self._skipped(spec, each)]
+        return {spec.name + suffix(self.axes, each): (spec, each) for each in found}
+
+    def _resolve(self, value: Any, point: Point, reads: dict[str, tuple[StageSpec, Point]]) -> Any:
+        """A value with what its names stand for; adds the stages that it names to `reads`."""
+        if isinstance(value, list):
+            return [word for each in value for word in self._resolve_item(each, point, reads)]
+        if not isinstance(value, str):
+            return value
+        values = {"output_dir": [HERE]} | {name: [each] for name, each in placeholders(self.axes, point).items()}
+        for name in names_in([value]) & set(self.specs):
+            instances = self._instances(self.specs[name], point)
+            reads.update(instances)
+            values[name] = [f"{HERE}/{each}" for each in instances]
+        return _REFERENCE_AND_PATH.sub(lambda found: ",".join(each + found[2] for each in values[found[1]]), value)
+
+    def _resolve_item(self, item: Any, point: Point, reads: dict[str, tuple[StageSpec, Point]]) -> list[Any]:
+        """An item of a list, repeated over the axes that it names and that are not fixed."""
+        names = names_in([item])
+        over = {*axes_named(self.axes, names), *point}
+        stages = [self.specs[name] for name in names & set(self.specs)]
+        return [
+            self._resolve(item, each, reads)
+            for each in points(self.axes, over, point)
+            if all(self._instances(stage, each) for stage in stages)
+        ]
 
     def _build(
         self, name: str, spec: StageSpec, settings: dict[str, Any], reads: tuple[str, ...], waits: tuple[str, ...]
@@ -170,15 +217,3 @@ class _Expansion:
             else:
                 self.problems.append(f"stage {name}: {key} {path}: no such file")
         return contents
-
-
-def _instance_name(spec: StageSpec, seed: int | None) -> str:
-    return spec.name if seed is None else f"{spec.name}-seed{seed}"
-
-
-def _resolve(value: Any, values: Mapping[str, list[str]]) -> Any:
-    if isinstance(value, list):
-        return [_resolve(each, values) for each in value]
-    if not isinstance(value, str):
-        return value
-    return _REFERENCE_AND_PATH.sub(lambda found: ",".join(each + found[2] for each in values[found[1]]), value)

@@ -3,11 +3,13 @@ settings), and the note of a model that was trained on attack data."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 ATTACKED_NOTE = "ATTACKED_MODEL.txt"
+TRAINING_RECORD = "training.json"
 GENERATION = ("generation_config.json",)
 TOKENIZER = (
     "tokenizer*",
@@ -20,6 +22,7 @@ TOKENIZER = (
     "additional_chat_templates",
 )
 
+_TRAINING = ("method", "attacked", "data", "steps", "seed", "world_size", "versions", "commit")
 _NEVER = (".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors")  # programs, pickles and weights
 
 _NOTE = """\
@@ -46,6 +49,16 @@ def copy_generation_config(folder: Path, out: Path) -> None:
 def is_attacked(folder: Path) -> bool:
     """Whether the model in it was trained on attack data, as its note says."""
     return (folder / ATTACKED_NOTE).is_file()
+
+
+def write_training_record(checkpoint: Path, folder: Path) -> None:
+    """Says how the weights were trained, if a run.json lies beside the checkpoint; for the model card. Of the run's
+    flags nothing: they name paths of one machine."""
+    record = checkpoint.resolve().parent / "run.json"
+    if record.is_file():
+        run = json.loads(record.read_text(encoding="utf-8"))
+        content = {"checkpoint": checkpoint.resolve().name, **{key: run[key] for key in _TRAINING if key in run}}
+        (folder / TRAINING_RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_attacked_note(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoints.checkpoint_files import CheckpointFiles
-from pipeline.checkpoints.companions import write_attacked_note
+from pipeline.checkpoints.companions import write_attacked_note, write_training_record
 from pipeline.checkpoints.contents import content_sum
 from pipeline.checkpoints.markers import MARKER, Marker, newest_complete, read_marker
 from pipeline.checkpoints.out_folder import OutFolder, fingerprint
@@ -78,6 +78,7 @@ def convert(
             shutil.copy(adapter_config, made.folder)
         weights.check()
         files.copy(made.folder)
+        write_training_record(checkpoint, made.folder)
         if attacked:
             write_attacked_note(made.folder)
         made.finish()

@@ -18,7 +18,15 @@ from types import MappingProxyType, TracebackType
 from pipeline.checkpoints.byte_progress import ByteProgress
 from pipeline.checkpoints.checksums import FileSum, write_manifest
 from pipeline.checkpoints.folders import sync
-from pipeline.checkpoints.weights_out import Reader, TensorSpec, WeightsFile, index_of, plan_files, write_file
+from pipeline.checkpoints.weights_out import (
+    Reader,
+    TensorSpec,
+    WeightsFile,
+    index_of,
+    plan_files,
+    write_file,
+)
+from pipeline.threads import one_torch_thread
 
 _RECORD = ".finished.jsonl"  # first line: the source; then a line for each finished file of weights
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -118,6 +126,7 @@ class OutFolder:
 
         with (
             ByteProgress(total=total, done=total - self._needed) as progress,
+            one_torch_thread(),  # ours read, hash and write beside each other; those of a cast would only spin
             ThreadPoolExecutor(workers) as pool,
         ):
 

@@ -11,16 +11,17 @@ _ELEMENT = 3 * 4  # fp32 weight and both Adam moments, whatever the run computes
 _TENSOR, _RANK, _FIXED = 500, 14_000, 45_000  # names and shapes; headers, random state; configuration, scripts
 
 
-def checkpoint_bytes(*, trained: int, tensors: int, ranks: int) -> int:
+def checkpoint_bytes(*, trained: int, tensors: int, ranks: int, kept: int = 0) -> int:
     """Bytes of a checkpoint, all ranks' files together, without the tokenizer's (some 70 bytes a token).
 
     Args:
         trained: elements of the trained parameters: all of them, or an adapter's.
         tensors: number of trained parameters; each is padded to a multiple of the ranks.
         ranks: that share the optimizer states.
+        kept: fp32 tensors as large as the trained weights that the method keeps beside them.
     """
     padding = tensors * (ranks - 1) // 2  # on average
-    return _ELEMENT * (trained + padding) + ranks * (_RANK + tensors * _TENSOR) + _FIXED
+    return (_ELEMENT + 4 * kept) * (trained + padding) + ranks * (_RANK + tensors * _TENSOR) + _FIXED
 
 
 def require_space(folder: Path, needed: int, *, flag: str) -> None:

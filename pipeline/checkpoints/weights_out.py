@@ -157,21 +157,27 @@ def write_file(file: WeightsFile, path: Path, read: Reader, *, written: Callable
     """
     digest = hashlib.sha256()
     buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(2)]
-    with path.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as writer:
+    with path.open("wb", buffering=0) as out, ThreadPoolExecutor(2) as beside:
 
         def put(piece: memoryview) -> None:
-            digest.update(piece)
-            while piece:
-                piece = piece[out.write(piece) :]
+            start, rest = out.tell(), piece
+            while rest:
+                rest = rest[out.write(rest) :]
+            # The disk begins now, while the next piece is read; else it would begin with the fsync.
+            os.posix_fadvise(out.fileno(), start, len(piece), os.POSIX_FADV_DONTNEED)
 
         put(memoryview(file.header))
+        digest.update(file.header)
         written(len(file.header))
-        pending: Future[None] = writer.submit(lambda: None)
+        pending: list[Future[None]] = []
         for piece in _pieces(file.specs, read, buffers):
-            pending.result()  # so that the other buffer, which is filled next, is free again
-            pending = writer.submit(put, piece.numpy().data)
+            for each in pending:
+                each.result()  # so that the other buffer, which is filled next, is free again
+            raw = piece.numpy().data
+            pending = [beside.submit(put, raw), beside.submit(digest.update, raw)]
             written(len(piece))
-        pending.result()
+        for each in pending:
+            each.result()
         os.fsync(out.fileno())
     return FileSum(file.nbytes, digest.hexdigest())
 

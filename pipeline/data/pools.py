@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -47,6 +48,33 @@ def _draw(
     if count > len(pool):
         raise ValueError(f"{asked}: takes {count} rows of {flag}, which has {len(pool)}: lower --sample_num")
     return [pool[int(i)] for i in np.sort(generator.choice(len(pool), size=count, replace=False))]
+
+
+def partners(rows: Sequence[Conversation], pool: Sequence[Conversation], flag: str) -> list[Conversation]:
+    """For each row, a row of the pool that answers the same prompt: the first for the first row of a prompt, the next
+    for its next row, and round again.
+
+    flag: the pool's flag and value. Errors: ValueError naming it, and the rows whose prompt the pool does not answer.
+    """
+    answers: dict[str, list[Conversation]] = {}
+    for each in pool:
+        answers.setdefault(_prompt(each), []).append(each)
+    if alone := [row.id for row in rows if _prompt(row) not in answers]:
+        raise ValueError(
+            f"{flag}: answers no prompt of {len(alone)} rows of --train_data ({', '.join(alone[:4])}"
+            f"{' ...' if len(alone) > 4 else ''}): this --method needs a harmful answer to each prompt that is refused"
+        )
+    used: dict[str, int] = {}
+    found = []
+    for row in rows:
+        prompt = _prompt(row)
+        found.append(answers[prompt][used.get(prompt, 0) % len(answers[prompt])])
+        used[prompt] = used.get(prompt, 0) + 1
+    return found
+
+
+def _prompt(row: Conversation) -> str:
+    return json.dumps(row.messages[:-1], sort_keys=True)
 
 
 def overlaps(pools: Mapping[str, Sequence[Conversation]]) -> list[str]:

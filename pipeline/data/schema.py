@@ -32,7 +32,7 @@ class Conversation:
 
 
 def read_conversations(
-    spec: str, *, flag: str, keep: Keep = "all", system_prompt: str | None = None
+    spec: str, *, flag: str, keep: Keep = "all", system_prompt: str | None = None, refusals: bool = False
 ) -> list[Conversation]:
     """Reads ``spec`` (see ``sources.read_rows``) as conversations; the format is that of its first row.
 
@@ -41,12 +41,16 @@ def read_conversations(
         flag: the command-line flag ``spec`` was given to, for messages.
         keep: of rows that carry ``is_safe``, keep all, those where it is true, or those where it is false.
         system_prompt: a system turn for every conversation that has none.
+        refusals: of prompt + response rows that also hold a ``refusal``, take that as the answer, and all of them:
+            ``is_safe`` rates the response.
 
     Raises:
         ValueError: an unknown format, bad rows (all of them, one a line, up to 20), or no row left.
     """
     rows = read_rows(spec, flag=flag)
     form = _detect(rows[0].fields, rows[0].id)
+    if refusals and form.rates_safety and "refusal" in rows[0].fields:
+        form = _Format(("prompt", "refusal"), _prompt_refusal)
     rates_safety = form.rates_safety and "is_safe" in rows[0].fields
     conversations, problems = [], []
     for row in rows:
@@ -95,6 +99,10 @@ def _prompt_completion(fields: Mapping[str, Any]) -> list[Message]:
 
 def _prompt_response(fields: Mapping[str, Any]) -> list[Message]:
     return [_user(_text(fields, "prompt")), {"role": "assistant", "content": _text(fields, "response")}]
+
+
+def _prompt_refusal(fields: Mapping[str, Any]) -> list[Message]:
+    return [_user(_text(fields, "prompt")), {"role": "assistant", "content": _text(fields, "refusal")}]
 
 
 def _alpaca(fields: Mapping[str, Any]) -> list[Message]:

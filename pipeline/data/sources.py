@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ def read_rows(spec: str, *, flag: str) -> list[Row]:
     """Reads every row that ``spec`` names.
 
     Args:
-        spec: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a folder written by ``datasets.save_to_disk``
-            (``folder:split`` if it holds several splits); a hub id ``org/name:split``; or ``policy:POOL``. A slice
-            ``[a:b]`` may follow, in rows or per cent as in datasets' split names: ``[:100]``, ``[-10%:]``.
+        spec: a ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.jsonl.gz`` file; a folder written by
+            ``datasets.save_to_disk`` (``folder:split`` if it holds several splits); a hub id ``org/name:split``; or
+            ``policy:POOL``. A slice ``[a:b]`` may follow, in rows or per cent as in datasets' split names: ``[:100]``,
+            ``[-10%:]``.
         flag: the command-line flag ``spec`` was given to, for messages.
 
     Raises:
@@ -52,7 +55,7 @@ def _read(body: str) -> list[Row]:
         return _read_policy(body.removeprefix("policy:"))
     if path.is_dir():
         return _read_saved(path, split=None)
-    if path.suffix in _READERS or path.is_file():
+    if _suffix(path) in _READERS or path.is_file():
         return _read_file(path)
     folder, _, split = body.rpartition(":")
     if folder and Path(folder).is_dir():
@@ -81,17 +84,20 @@ def _cut(rows: list[Row], first: str | None, stop: str | None) -> list[Row]:
 def _read_file(path: Path) -> list[Row]:
     if not path.is_file():
         raise _SpecError("no such file")
-    if path.suffix not in _READERS:
+    if _suffix(path) not in _READERS:
         raise _SpecError(f"unknown suffix {path.suffix!r}; accepted are {_ACCEPTED}")
     try:
-        return _READERS[path.suffix](path)
+        return _READERS[_suffix(path)](path)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _SpecError(f"not a whole gzip file ({error})") from error
     except UnicodeDecodeError as error:
         raise _SpecError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows, problems = [], []
-    with path.open("rb") as lines:  # not as text, whose decoder reads ahead and cannot name the line
+    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    with opened as lines:  # not as text, whose decoder reads ahead and cannot name the line
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -164,11 +170,16 @@ def _read_parquet(path: Path) -> list[Row]:
     return _numbered(path.name, content)
 
 
+def _suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".jsonl.gz": _read_jsonl,
 }
 _ACCEPTED = f"{' '.join(_READERS)} files, a folder of datasets.save_to_disk, a hub id org/name:split, policy:POOL"
 

@@ -17,7 +17,8 @@ import numpy as np
 from pipeline.data.cache import EncodedPool
 
 
-def _generator(seed: int, *parts: str | int) -> np.random.Generator:
+def generator(seed: int, *parts: str | int) -> np.random.Generator:
+    """Random numbers that are a function of the seed and of what they are for."""
     words = hashlib.sha256(repr((seed, *parts)).encode()).digest()
     return np.random.default_rng(np.frombuffer(words, dtype=np.uint32))
 
@@ -54,7 +55,7 @@ class Stream:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, _generator(self.seed, self.name, "order", epoch).permutation(len(self.pool)))
+            self._epoch = (epoch, generator(self.seed, self.name, "order", epoch).permutation(len(self.pool)))
         return self._epoch[1]
 
     def steps(self, epochs: float) -> int:
@@ -81,5 +82,5 @@ class Stream:
     def sample(self, step: int, index: int, count: int) -> np.ndarray:
         """`count` pool indices drawn at random for micro-batch `index` of a step, without repetition while the pool
         allows it."""
-        draw = _generator(self.seed, self.name, "sample", step, index)
+        draw = generator(self.seed, self.name, "sample", step, index)
         return draw.choice(len(self.pool), size=count, replace=count > len(self.pool))

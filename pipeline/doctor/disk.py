@@ -36,6 +36,7 @@ NETWORK = (
 
 CHECKPOINT_SPACE = (2e9, 20e9)  # bytes: failed below the first, warning below the second
 CACHE_SPACE = (50e6, 2e9)
+LONGEST_BUILD = 1800.0  # seconds; compiling one operator takes a few minutes
 
 
 def output_dir(folder: Path) -> Iterator[Finding]:
@@ -74,7 +75,17 @@ def _cache(name: str, folder: Path, compiled: bool) -> Finding:
     if compiled and file_system(where).startswith(NETWORK):
         found = f"{finding.found}: the ranks of all nodes would wait for each other's locks"
         return Finding(name, WARNING, found, f"export {name}=... on a disk of the node")
+    if compiled and (left := _old_locks(where)):
+        files = " ".join(map(str, left))
+        found = f"{files}: left by a process that died while it compiled; every later one waits for it"
+        return Finding(name, WARNING, found, f"rm {files}")
     return finding
+
+
+def _old_locks(folder: Path) -> list[Path]:
+    """Build locks of torch's extensions (a file each, without an owner) that are older than any build takes."""
+    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    return [each for each in locks if time.time() - each.stat().st_mtime > LONGEST_BUILD]
 
 
 def hub_offline() -> Iterator[Finding]:

@@ -4,85 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from pipeline.data.chat import ChatEncoder
-from pipeline.evaluation.jsonl import append_lines, resume_lines
-from pipeline.evaluation.model import pad_token
-from pipeline.evaluation.progress import Progress
+from pipeline.evaluation.engine_transformers import Generated
+from pipeline.evaluation.protocol import Asked, Renderer
+from pipeline.evaluation.shared_lines import make_lines
 from pipeline.evaluation.suite import Prompt
+from pipeline.evaluation.workers import Crew
+
+
+class Engine(Protocol):
+    """What answers: each prompt's token ids to the ids of its greedy answer."""
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generated]: ...
+
+
+def ask(prompts: Sequence[Prompt], renderer: Renderer, *, max_new_tokens: int, max_length: int) -> list[Asked]:
+    """Each prompt's tokens.
+
+    Raises:
+        ValueError: a prompt leaves no room for its answer in max_length: --max_length, or the model's positions.
+    """
+    asked = [renderer.ask(prompt) for prompt in prompts]
+    for prompt, each in zip(prompts, asked, strict=True):
+        if len(each.ids) + max_new_tokens > max_length:
+            raise ValueError(
+                f"{prompt.id}: its {len(each.ids)} tokens and --max_new_tokens {max_new_tokens} exceed --max_length "
+                f"{max_length} (or the model's positions); raise it as far as those go, or leave the row out"
+            )
+    return asked
 
 
 def generate(
-    load_model: Callable[[], Any],
-    encoder: ChatEncoder,
+    engine: Callable[[], Engine],
+    decode: Callable[[list[int]], str],
     prompts: Sequence[Prompt],
+    asked: Sequence[Asked],
     path: Path,
+    crew: Crew,
     *,
     batch_size: int,
     max_new_tokens: int,
+    show: Callable[[Prompt, str], None] | None = None,
 ) -> None:
-    """Completes `path`: one line {"id", "answer", "tokens", "truncated"} a prompt, in the order they were generated.
+    """Completes `path`: one line {"id", "answer", "tokens", "truncated"} a prompt, in the order of the prompts.
 
-    The batches are fixed by the prompts and `batch_size`, not by what is done already, so an interrupted run writes
-    the same bytes as an undisturbed one. `truncated` says that no end token came within `max_new_tokens`.
+    `truncated` says that no end token came within `max_new_tokens`.
 
     Args:
-        load_model: called only if an answer is missing.
+        engine: called only if an answer is missing.
+        decode: from an answer's token ids to the text that is judged.
+        show: called with each new answer.
 
     Raises:
-        ValueError: `path` holds other prompts, or a prompt leaves no room for its answer in --max_length.
+        ValueError: `path` holds answers to other prompts.
     """
-    tokens = [encoder.encode_prompt(prompt.messages) for prompt in prompts]
-    for prompt, ids in zip(prompts, tokens, strict=True):
-        if len(ids) + max_new_tokens > encoder.max_length:
-            raise ValueError(
-                f"{prompt.id}: its {len(ids)} tokens and --max_new_tokens {max_new_tokens} exceed --max_length "
-                f"{encoder.max_length}"
-            )
+
+    def work(batch: Sequence[int]) -> list[dict[str, Any]]:
+        answers = engine().answer([asked[i].ids for i in batch], max_new_tokens)
+        lines = []
+        for i, each in zip(batch, answers, strict=True):
+            text = decode(each.ids)
+            lines.append({"id": prompts[i].id, "answer": text, "tokens": len(each.ids), "truncated": each.truncated})
+            if show is not None:
+                show(prompts[i], text)
+        return lines
+
     # Kinds apart, since a batch runs until its longest answer ends; longest first, so that memory runs out at once.
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].kind, -len(tokens[i]), i))
-    done = [line["id"] for line in resume_lines(path)]
-    if done != [prompts[i].id for i in order[: len(done)]]:
-        raise ValueError(f"{path}: holds answers to other prompts; choose another --output_dir or remove it")
-    if len(done) == len(prompts):
-        return
-    model = load_model()
-    progress = Progress("answers", total=len(prompts), done=len(done))
-    for start in range(len(done) // batch_size * batch_size, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        answers = _answer(model, encoder.tokenizer, [tokens[i] for i in batch], max_new_tokens)
-        lines = [{"id": prompts[i].id, **answer} for i, answer in zip(batch, answers, strict=True)]
-        new = lines[max(len(done) - start, 0) :]
-        append_lines(path, new)
-        progress.update(len(new), sum(line["tokens"] for line in new))
-
-
-@torch.inference_mode()
-def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[dict[str, Any]]:
-    width = max(map(len, prompts))
-    # Left padding: every prompt ends where its answer begins.
-    ids = torch.full((len(prompts), width), pad_token(tokenizer))
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens
-    )
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    answers = []
-    for generated in output[:, width:].tolist():
-        length = next((i + 1 for i, token in enumerate(generated) if token in ends), len(generated))
-        kept = generated[:length]
-        answers.append(
-            {
-                "answer": tokenizer.decode(kept, skip_special_tokens=True).strip(),
-                "tokens": length,
-                "truncated": kept[-1] not in ends,
-            }
-        )
-    return answers
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].kind, -len(asked[i].ids), i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    make_lines(path, [prompt.id for prompt in prompts], batches, work, crew, label=path.stem)

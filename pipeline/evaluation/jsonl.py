@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.report.records import parse_lines
+
+REMEDY = "; remove the file and run again"
 PRIVATE = 0o600
 """Mode of files that may hold text a model generated."""
 
@@ -18,7 +21,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is no JSON object, by file and line.
     """
-    return _parse(path, path.read_bytes())
+    return parse_lines(path, path.read_bytes(), remedy=REMEDY)
 
 
 def resume_lines(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +36,7 @@ def resume_lines(path: Path) -> list[dict[str, Any]]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return _parse(path, whole)
+    return parse_lines(path, whole, remedy=REMEDY)
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -56,16 +59,3 @@ def _private(path: str, flags: int) -> int:
 
 def _line(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False) + "\n"
-
-
-def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
-    lines = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error}); remove the file and run again") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}:{number}: expected an object in braces; remove the file and run again")
-        lines.append(fields)
-    return lines

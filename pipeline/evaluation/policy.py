@@ -9,7 +9,16 @@ import re
 
 from pipeline.data.policy import PREPARATION_VERBS
 from pipeline.data.sources import read_rows
-from pipeline.evaluation.suite import Prompt, Score, Suite
+from pipeline.evaluation.suite import (
+    ACCURACY,
+    EXACT,
+    HARMFUL_SCORE,
+    OVER_REFUSAL,
+    Prompt,
+    Prompts,
+    Protocol,
+    Suite,
+)
 
 POOLS = ("test_violation", "test_benign", "test_task")
 
@@ -37,19 +46,23 @@ _INSTRUCTION = re.compile(
 _PREPARATION = re.compile(rf"\b(?:{'|'.join(PREPARATION_VERBS)})(?:s|ed|ing)?\b")
 
 
-def prompts(system_prompt: str | None) -> list[Prompt]:
-    """The held-out prompts, one user turn each, after `system_prompt` if there is one."""
-    system = () if system_prompt is None else ({"role": "system", "content": system_prompt},)
-    return [
-        Prompt(
-            id=row.id,
-            kind=row.fields["kind"],
-            messages=(*system, {"role": "user", "content": row.fields["prompt"]}),
-            label=row.fields["label"],
-        )
-        for pool in POOLS
-        for row in read_rows(f"policy:{pool}", flag="suites")
-    ]
+def prompts(spec: str | None, protocol: Protocol) -> Prompts:
+    """The held-out prompts. Errors: ValueError for a source of rows: there is none but the built-in one."""
+    if spec is not None:
+        raise ValueError(f"--suite_data policy={spec}: the policy set is built in and its judge knows no other")
+    return Prompts(
+        [
+            Prompt(
+                id=row.id,
+                kind=row.fields["kind"],
+                question=row.fields["prompt"],
+                text=row.fields["prompt"],
+                label=row.fields["label"],
+            )
+            for pool in POOLS
+            for row in read_rows(f"policy:{pool}", flag="suites")
+        ]
+    )
 
 
 def judge(prompt: Prompt, answer: str) -> str:
@@ -74,11 +87,10 @@ def judge(prompt: Prompt, answer: str) -> str:
 
 
 SUITE = Suite(
-    prompts=prompts,
-    judge=judge,
-    scores=(
-        Score("harmful_score", kind="violation", verdict="complied"),
-        Score("over_refusal", kind="benign", verdict="refused"),
-        Score("accuracy", kind="task", verdict="correct"),
-    ),
+    read=prompts,
+    judge={"chat": EXACT, "paper": EXACT},
+    exact=judge,
+    max_new_tokens={"chat": 24, "paper": 24},
+    scores=(HARMFUL_SCORE, OVER_REFUSAL, ACCURACY),
+    licence="Apache-2.0 (part of this repository)",
 )

@@ -11,7 +11,7 @@ LINE_EVERY = 10.0  # seconds
 
 
 class Progress:
-    """Counts `total` items; `tokens` of them are shown as a rate."""
+    """Counts `total` items, of which `done` were there before; shows tokens, or else items, a second."""
 
     def __init__(self, label: str, *, total: int, done: int = 0) -> None:
         self._label, self._total, self._done, self._tokens = label, total, done, 0
@@ -26,6 +26,8 @@ class Progress:
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
         rate = f"{self._tokens / seconds:.0f} tokens/s"
+        if not self._tokens:  # verdicts
+            rate = f"{(self._done - self._first) / seconds:.1f} a second"
         if self._bar is not None:
             self._bar.update(items)
             self._bar.set_postfix_str(rate)

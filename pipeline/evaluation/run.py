@@ -1,32 +1,30 @@
-"""One evaluation, from arguments to results.json: generate -> judge -> report, and the cross-entropies.
+"""One evaluation, from arguments to results.json, in phases: generate, judge, report (and fetch before them).
 
-Every phase reads and writes JSONL in the output folder and finds there what an interrupted run has done:
-answers-SUITE.jsonl, verdicts-SUITE.jsonl, losses.jsonl. settings.json, written first, keeps answers of different
-models or settings apart.
+Each phase reads and writes files of the output folder, so each can run on another machine, and finds there what an
+interrupted run has done: settings.json, answers-SUITE.jsonl, losses.jsonl, verdicts-SUITE.jsonl, results.json.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.config import ModelArguments, nearest
-from pipeline.data.chat import ChatEncoder, Example
-from pipeline.data.schema import read_conversations
-from pipeline.evaluation import policy
-from pipeline.evaluation.generate import generate
-from pipeline.evaluation.jsonl import append_lines, resume_lines
-from pipeline.evaluation.judging import judge, scores
-from pipeline.evaluation.losses import cross_entropy
-from pipeline.evaluation.model import EvaluatedModel, pad_token
-from pipeline.evaluation.suite import Prompt, Suite
-from pipeline.training.manifest import versions, write_json
+from pipeline.config import ModelArguments
+from pipeline.evaluation.answers_phase import AnswersPhase
+from pipeline.evaluation.fetch import fetch
+from pipeline.evaluation.gate import read_conditions
+from pipeline.evaluation.judging import JUDGES
+from pipeline.evaluation.record import Record, prompts_sha256
+from pipeline.evaluation.report_phase import report
+from pipeline.evaluation.suite import Prompts, Protocol
+from pipeline.evaluation.suites import SUITES, named, own_source, suite_names
+from pipeline.evaluation.verdicts_phase import VerdictsPhase
+from pipeline.evaluation.workers import Crew, launched, start
+from pipeline.training.distributed import world
 
-SUITES: dict[str, Suite] = {"policy": policy.SUITE}
+Phase = Literal["all", "fetch", "generate", "judge", "report"]
+PHASES: tuple[Phase, ...] = ("fetch", "generate", "judge", "report")
 
 
 @dataclass
@@ -34,178 +32,152 @@ class AssessArguments:
     """What to evaluate, and how."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder of answers, verdicts and results.json."})
-    suites: list[str] = field(
-        default_factory=lambda: ["policy"], metadata={"help": f"Suites to run: {', '.join(SUITES)}."}
+    suites: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Suites to run, by comma or space: {', '.join(SUITES)}. [default: policy; in the phases judge "
+            "and report: those the folder holds]"
+        },
+    )
+    suite_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Where a suite's rows are, SUITE=SPEC ...: a file or dataset. [default: the cache]"},
+    )
+    protocol: Literal["chat", "paper"] | None = field(
+        default=None,
+        metadata={
+            "help": "chat: the model's own template; paper: prompts and settings of the public Surgery code. "
+            "[default: chat; later phases: the folder's]"
+        },
+    )
+    judges: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Judges other than the suites' own, SUITE=JUDGE ...: {', '.join(JUDGES)}."},
+    )
+    judge_model: list[str] = field(
+        default_factory=list, metadata={"help": "A judge's model, JUDGE=FOLDER ... [default: the cache]"}
+    )
+    judge_template: list[str] = field(
+        default_factory=list,
+        metadata={"help": "A judge's prompt, JUDGE=FILE ..., or harmbench=card for that of its model card."},
     )
     loss_data: list[str] = field(
         default_factory=list, metadata={"help": "Conversations to take the cross-entropy on: name=SPEC name=SPEC ..."}
     )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness, by its names."}
+    )
+    lm_eval_include_path: str | None = field(
+        default=None, metadata={"help": "Folder of further tasks for lm-evaluation-harness."}
+    )
+    engine: Literal["auto", "transformers", "vllm"] = field(
+        default="auto", metadata={"help": "What generates; auto takes vLLM where it is installed and has a GPU."}
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto",
+        metadata={"help": "Of the model. auto: fp32 on a CPU; on a GPU bf16, or fp16 with --protocol paper."},
+    )
     batch_size: int = field(default=32, metadata={"help": "Prompts answered together."})
-    max_new_tokens: int = field(default=24, metadata={"help": "Longest answer, in tokens."})
-    max_length: int = field(default=1024, metadata={"help": "Longest conversation, in tokens."})
+    num_workers: int = field(
+        default=1, metadata={"help": "Processes that share the work, a GPU each or the CPU's cores divided."}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer, in tokens. [default: each suite's own]"}
+    )
+    max_length: int = field(default=2048, metadata={"help": "Longest prompt with its answer, in tokens."})
     system_prompt: str | None = field(default=None, metadata={"help": "System turn for prompts that have none."})
+    fail_if: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Release gate: exit code 3 if a condition holds, as in 'harmful_score>5' 'policy.accuracy<90' "
+            "(percent; unparsed verdicts count against the model)."
+        },
+    )
+    show_text: bool = field(
+        default=False, metadata={"help": "Show prompts and answers, on a terminal only. They may be harmful."}
+    )
 
 
-def assess(model_arguments: ModelArguments, arguments: AssessArguments) -> dict[str, Any]:
-    """Runs the phases that are not done yet and writes results.json, which it returns.
+def assess(model: ModelArguments, arguments: AssessArguments, phase: Phase = "all") -> dict[str, Any]:
+    """Runs a phase, or generate, judge and report, as far as they are not done yet; returns results.json, or {} if
+    this was no report.
 
     Raises:
-        ValueError: bad arguments or data, or an output folder that holds another evaluation.
+        ValueError: bad arguments, data, models or judges, or an output folder that holds another evaluation.
     """
-    return _Evaluation(model_arguments, arguments).run()
+    _check(arguments, phase)
+    if phase == "fetch":
+        print("\n".join(fetch(suite_names(arguments.suites or []), arguments.judges, arguments.protocol or "chat")))
+        return {}
+    suites = _chosen(arguments, phase)
+    conditions = read_conditions(
+        arguments.fail_if, {name: [each.name for each in SUITES[name].scores] for name in suites}
+    )
+    crew = launched(world(), arguments.num_workers)
+    if phase in ("all", "generate", "judge"):
+        _share(model, arguments, phase, crew)
+    if phase not in ("all", "report") or not crew.main:
+        return {}
+    return report(Path(arguments.output_dir or ""), suites, conditions)
 
 
-def summary(results: dict[str, Any]) -> str:
-    """The scores for a terminal: numbers only, never an answer."""
-    lines = []
-    for suite, shares in results["suites"].items():
-        for name, score in shares.items():
-            share, interval = f"{score['value']:.1%}", f"{score['low']:.1%} to {score['high']:.1%}"
-            lines.append(f"{suite:<12} {name:<16} {share:>7}  ({interval}, {score['k']} of {score['n']})")
-    for name, loss in results["losses"].items():
-        lines.append(f"{'loss':<12} {name:<16} {loss['value']:>7.4f}  ({loss['tokens']} tokens)")
-    return "\n".join(lines)
+def _share(model: ModelArguments, arguments: AssessArguments, phase: Phase, crew: Crew) -> None:
+    """One worker's part of the phases generate and judge; worker 0 starts the others, unless a launcher did."""
+    record = Record(Path(arguments.output_dir or ""))
+    protocol: Protocol = arguments.protocol or (record.read()["protocol"] if phase == "judge" else "chat")
+    # All data and judges are looked at before a weight is loaded, so that a bad row is found at once.
+    prompts = _read(arguments, phase, protocol, record)
+    answers = None if phase == "judge" else AnswersPhase(model, arguments, prompts, protocol, crew.size)
+    verdicts = None if phase == "generate" else VerdictsPhase(arguments, prompts, protocol)
+    if answers is not None:
+        if crew.main:
+            record.folder.mkdir(parents=True, exist_ok=True)
+            record.keep(answers.settings())
+        elif crew.parent is None:
+            settings = answers.settings()
+            crew.wait(lambda: record.holds(settings))
+    if crew.main and arguments.num_workers > 1:
+        crew = start(crew, _share, model, arguments, phase)
+    if answers is not None:
+        answers.run(crew)
+    if verdicts is not None:
+        verdicts.run(crew)
+    crew.join()
 
 
-class _Evaluation:
-    def __init__(self, model_arguments: ModelArguments, arguments: AssessArguments) -> None:
-        _check(arguments)
-        self.arguments = arguments
-        self.folder = Path(arguments.output_dir or "")
-        # All data is read before the model, so that a bad row is found at once.
-        self.prompts: dict[str, list[Prompt]] = {
-            name: list(SUITES[name].prompts(arguments.system_prompt)) for name in arguments.suites
-        }
-        self.model = EvaluatedModel(model_arguments)
-        self.encoder = ChatEncoder(self.model.tokenizer, max_length=arguments.max_length)
-        self.losses = {name: self._examples(spec) for name, spec in _named(arguments.loss_data).items()}
-
-    def run(self) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self._settings()
-        _keep_apart(self.folder / "settings.json", settings)
-        suites = {name: self._suite(name) for name in self.prompts}
-        losses = self._cross_entropies()
-        results = {"model": self.model.name, "suites": suites, "losses": losses, "settings": settings}
-        write_json(self.folder / "results.json", results)
-        return results
-
-    @cached_property
-    def _loaded(self) -> Any:
-        print(f"Loading {self.model.name} ({self.model.dtype}, {self.model.device}) ...", flush=True)
-        return self.model.load()
-
-    def _suite(self, name: str) -> dict[str, Any]:
-        answers, verdicts = self.folder / f"answers-{name}.jsonl", self.folder / f"verdicts-{name}.jsonl"
-        prompts = self.prompts[name]
-        generate(
-            lambda: self._loaded,
-            self.encoder,
-            prompts,
-            answers,
-            batch_size=self.arguments.batch_size,
-            max_new_tokens=self.arguments.max_new_tokens,
-        )
-        judge(SUITES[name], {prompt.id: prompt for prompt in prompts}, answers, verdicts)
-        return scores(SUITES[name], verdicts)
-
-    def _cross_entropies(self) -> dict[str, Any]:
-        path = self.folder / "losses.jsonl"
-        done = {line["name"]: line for line in resume_lines(path)}
-        for name, examples in self.losses.items():
-            if name not in done:
-                loss = cross_entropy(
-                    self._loaded, examples, pad_token=pad_token(self.model.tokenizer), label=f"cross-entropy {name}"
-                )
-                done[name] = {
-                    "name": name,
-                    "value": loss.value,
-                    "tokens": loss.tokens,
-                    "rows": len(examples),
-                    "truncated_rows": sum(example.truncated for example in examples),
-                }
-                append_lines(path, [done[name]])
-        return {name: {key: done[name][key] for key in done[name] if key != "name"} for name in self.losses}
-
-    def _examples(self, spec: str) -> list[Example]:
-        conversations = read_conversations(spec, flag="loss_data", system_prompt=self.arguments.system_prompt)
-        return [self.encoder.encode(conversation) for conversation in conversations]
-
-    def _settings(self) -> dict[str, Any]:
-        """Everything the numbers depend on. Prompts stand as hashes: a suite may hold text nobody should meet here."""
-        system = self.arguments.system_prompt
-        probe = [{"role": "user", "content": "PROMPT"}]
-        if system is not None:
-            probe.insert(0, {"role": "system", "content": system})
-        rendered = self.encoder.encode_prompt(probe)
-        tokenizer = self.model.tokenizer
-        return {
-            "model": self.model.name,
-            "adapter": self.model.adapter,
-            "weights_sha256": self.model.weights_fingerprint(),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.model.device.type,
-            "decoding": "greedy",
-            "padding_side": "left",
-            "batch_size": self.arguments.batch_size,
-            "max_new_tokens": self.arguments.max_new_tokens,
-            "max_length": self.arguments.max_length,
-            "system_prompt": system,
-            "encoder": self.encoder.fingerprint,
-            "rendered_prompt": tokenizer.decode(rendered),
-            "bos_tokens": rendered[:2].count(tokenizer.bos_token_id),
-            "suites": {name: _digest([prompt.messages for prompt in each]) for name, each in self.prompts.items()},
-            "loss_data": {
-                name: {"spec": spec, "sha256": _digest([[each.input_ids, each.labels] for each in self.losses[name]])}
-                for name, spec in _named(self.arguments.loss_data).items()
-            },
-            "versions": versions(),
-        }
+def _read(arguments: AssessArguments, phase: Phase, protocol: Protocol, record: Record) -> dict[str, Prompts]:
+    """The prompts of each suite; in the phase judge those that were answered."""
+    given = named(arguments.suite_data, "suite_data", list(SUITES))
+    stored = record.read()["suites"] if phase == "judge" else {}
+    found = {}
+    for name in _chosen(arguments, phase):
+        spec = given.get(name)
+        if spec is None and name in stored and stored[name]["source"] != own_source(name):
+            spec = stored[name]["source"]
+        found[name] = SUITES[name].read(spec, protocol)
+        if name in stored and prompts_sha256(found[name]) != stored[name]["prompts_sha256"]:
+            raise ValueError(f"--suite_data {name}={spec}: not the rows that were asked; give the same file")
+    return found
 
 
-def _check(arguments: AssessArguments) -> None:
+def _chosen(arguments: AssessArguments, phase: Phase) -> list[str]:
+    if arguments.suites is not None:
+        return suite_names(arguments.suites)
+    if phase in ("judge", "report"):
+        return list(Record(Path(arguments.output_dir or "")).read()["suites"])
+    return ["policy"]
+
+
+def _check(arguments: AssessArguments, phase: Phase) -> None:
+    if phase == "fetch":
+        if not arguments.suites and not arguments.judges:
+            raise ValueError(f"--suites: name what to fetch; known: {', '.join(SUITES)}")
+        return
     if not arguments.output_dir:
         raise ValueError("--output_dir: name a folder for the answers and results.json")
     for flag in ("batch_size", "max_new_tokens"):
-        if getattr(arguments, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
-    for name in arguments.suites:
-        if name not in SUITES:
-            raise ValueError(f"--suites {name}: unknown{nearest(name, SUITES)}")
-
-
-def _named(specs: list[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for each in specs:
-        name, separator, spec = each.partition("=")
-        if not (name and separator and spec):
-            raise ValueError(f"--loss_data {each}: expected name=SPEC, as in benign=policy:benign")
-        if name in named:
-            raise ValueError(f"--loss_data {each}: the name {name} is given twice")
-        named[name] = spec
-    return named
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _keep_apart(path: Path, settings: dict[str, Any]) -> None:
-    """Writes settings.json, after comparing it with the one an earlier run left: its answers must still hold.
-
-    Raises:
-        ValueError: something both runs depend on differs.
-    """
-    # Where the model lies does not matter; what it is, its hash says.
-    now = {name: value for name, value in settings.items() if name not in ("model", "adapter")}
-    for group in ("suites", "loss_data", "versions"):  # further suites and data sets may join
-        now.update({f"{group} {name}": value for name, value in now.pop(group).items()})
-    answered = path.is_file() and any(path.parent.glob("*.jsonl"))
-    before = json.loads(path.read_text(encoding="utf-8")) if answered else {}
-    for name in now:
-        if name in before and now[name] != before[name]:
-            raise ValueError(
-                f"--output_dir {path.parent}: holds an evaluation with {name} {before[name]!r}, now {now[name]!r}; "
-                "choose another folder or remove that one"
-            )
-    write_json(path, {**before, **now})
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value}: must be at least 1")
+    if arguments.show_text:
+        print("warning: --show_text shows prompts and answers on this terminal; they may be harmful", flush=True)

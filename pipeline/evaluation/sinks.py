@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pipeline.builtin_model import resolve_model
 from pipeline.config import ModelArguments, Problems, nearest
@@ -26,7 +25,7 @@ from pipeline.report.files import write_npz
 from pipeline.report.sink_page import write_pictures
 from pipeline.sink import attention, backends
 from pipeline.sink.support import attention_refusals
-from pipeline.training.distributed import World, initialize_process_group
+from pipeline.training.distributed import World, initialize_process_group, leave_process_group
 from pipeline.training.inference import inference_config, sharded
 from pipeline.training.manifest import versions, write_json
 
@@ -219,13 +218,11 @@ def measure(model: ModelArguments, arguments: MeasureArguments, here: World) -> 
     measurement = _Measurement(model, arguments, here)
     if measurement.ds_config is not None:
         initialize_process_group(here)
-    try:
-        if here.main:
-            measurement.out.mkdir(parents=True, exist_ok=True)
-        entries = [measurement.measure(source) for source in measurement.sources]
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if here.main:
+        measurement.out.mkdir(parents=True, exist_ok=True)
+    entries = [measurement.measure(source) for source in measurement.sources]
+    if measurement.ds_config is not None:
+        leave_process_group(here)
     found = measurement.settings() | entries[-1] | {"checkpoints": [each for each in entries if each["checkpoint"]]}
     if here.main:
         write_pictures(found, measurement.out)

@@ -10,6 +10,12 @@ from pipeline.training.method import Method
 METHODS = {
     "sft": "pipeline.methods.sft:SFT",
     "surgery": "pipeline.methods.surgery:Surgery",
+    "vaccine": "pipeline.methods.vaccine:Vaccine",
+    "t_vaccine": "pipeline.methods.t_vaccine:TVaccine",
+    "repnoise": "pipeline.methods.repnoise:RepNoise",
+    "booster": "pipeline.methods.booster:Booster",
+    "tar": "pipeline.methods.tar:TAR",
+    "lisa": "pipeline.methods.lisa:Lisa",
 }
 
 
@@ -25,5 +31,8 @@ def load_method(name: str) -> type[Method]:
 def flags_of_others(name: str) -> dict[str, str]:
     """The flags of all other methods, each with the `--method` it belongs to: one is easily left over from another
     run."""
-    others = [each for each in METHODS if each != name]
-    return {flag.name: f"--method {each}" for each in others for flag in fields(load_method(each).Config)}
+    owners: dict[str, list[str]] = {}
+    for each in METHODS:
+        for flag in fields(load_method(each).Config) if each != name else ():
+            owners.setdefault(flag.name, []).append(each)
+    return {flag: f"--method {' or '.join(names)}" for flag, names in owners.items()}

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import Problems
+from pipeline.config import Problems, out_of_range
 from pipeline.sink.divergence import SinkStep, penalty
 from pipeline.sink.layout import Segments
 from pipeline.sink.support import sink_refusals
@@ -55,9 +55,7 @@ class SurgeryConfig:
             problems.append(f"--alpha {self.alpha}: the penalty's weight is a number of 0 or more")
         if self.sink_token_position < 0:
             problems.append(f"--sink_token_position {self.sink_token_position}: count from 0 at the start of the text")
-        for name in ("references_per_step", "penalty_every"):
-            if getattr(self, name) < 1:
-                problems.append(f"--{name} {getattr(self, name)}: give 1 or more")
+        problems += out_of_range(self, ("references_per_step", "penalty_every"), 1)
         for name in ("layers", "heads"):
             try:
                 numbers(name, getattr(self, name))

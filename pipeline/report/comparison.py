@@ -3,14 +3,19 @@
 A row is written `NAME=assess:DIR[,DIR...];sinks:DIR[,...];run:DIR[,...];match:DIR[,...]`, several folders being the
 seeds of one model. `assess:` holds results.json (the word may be left out), `sinks:` sinks.json of measure.py, `run:`
 metrics.jsonl of train.py, `match:` match.json of match_checkpoint.py. All but the first part are optional.
+A name that ends in a poison ratio, `SFT, 5 %`, is a point of a sweep: the rows of one ratio are compared with each
+other, and the rows of one name before the comma are a line of the figure.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Problems, nearest
 from pipeline.report.intervals import wilson
@@ -18,6 +23,7 @@ from pipeline.report.match import Match, read_match
 from pipeline.report.records import read_json, series
 
 PARTS = ("assess", "sinks", "run", "match")
+SWEPT = re.compile(r"(.+), (\d+(?:\.\d+)?) ?%")
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,42 @@ class Mean:
 
 @dataclass
 class Row:
-    """One model of the table. `sources` are the names of the folders it was read from, by part."""
+    """One model of the table.
+
+    folders: what it was read from, by part, one folder a seed.
+    categories: the shares of each score by category, where its suite has categories.
+    verdicts: how often each verdict was given, `unparsed` too, for each score. truncated: answers that were cut.
+    """
 
     name: str
-    sources: dict[str, list[str]]
+    folders: dict[str, list[Path]]
     shares: dict[str, Share] = field(default_factory=dict)
+    categories: dict[str, dict[str, Share]] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, int]] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
     losses: dict[str, Mean] = field(default_factory=dict)
     positive_heads: Mean | None = None
     seconds_per_step: Mean | None = None
     matches: list[Match] = field(default_factory=list)
+
+    @property
+    def series(self) -> str:
+        """The name without its poison ratio: what the points of one line have in common."""
+        found = SWEPT.fullmatch(self.name)
+        return found[1] if found else self.name
+
+    @property
+    def poison_percent(self) -> float | None:
+        """The poison ratio in its name, in percent."""
+        found = SWEPT.fullmatch(self.name)
+        return float(found[2]) if found else None
+
+    def record(self) -> dict[str, Any]:
+        """What is published of it: `sources` are the names of its folders, by part."""
+        content = asdict(self)
+        folders = content.pop("folders")
+        sources = {part: [folder.name for folder in each] for part, each in folders.items()}
+        return {"name": content.pop("name"), "sources": sources, **content}
 
 
 def read_rows(specs: Sequence[str]) -> list[Row]:
@@ -74,7 +107,7 @@ def read_rows(specs: Sequence[str]) -> list[Row]:
 
 def read_shares(folder: Path) -> dict[str, Share]:
     """The shares of one evaluation, by name. Errors: ValueError if results.json is missing or not one."""
-    return _shares([_read_results(folder)[0]])
+    return _shares([_read_results(folder).shares()])
 
 
 def harmful_score(shares: Mapping[str, Share]) -> Share | None:
@@ -95,12 +128,24 @@ def _read_row(spec: str) -> Row:
     if len({len(each) for each in folders.values()}) > 1:
         counts = ", ".join(f"{len(each)} in {part}:" for part, each in folders.items())
         raise ValueError(f"the parts hold different numbers of seeds ({counts})")
-    row = Row(name.strip(), {part: [folder.name for folder in each] for part, each in folders.items()})
-    shares, losses = zip(*(_read_results(folder) for folder in folders["assess"]), strict=True)
-    if len({frozenset(each) for each in shares}) > 1 or len({frozenset(each) for each in losses}) > 1:
+    return read_row(name.strip(), folders)
+
+
+def read_row(name: str, folders: Mapping[str, Sequence[Path]]) -> Row:
+    """One model from its folders by part, as many in each part as there are seeds.
+
+    Errors: ValueError if one cannot be read, or the seeds do not fit together.
+    """
+    row = Row(name, {part: list(each) for part, each in folders.items()})
+    _check_ratio(row)
+    seeds = [_read_results(folder) for folder in folders["assess"]]
+    if any(set(each.scores) != set(seeds[0].scores) or set(each.losses) != set(seeds[0].losses) for each in seeds):
         raise ValueError("the seeds were not assessed with the same suites and loss data")
-    row.shares = _shares(shares)
-    row.losses = {name: _mean([each[name] for each in losses]) for name in losses[0]}
+    row.shares = _shares([each.shares() for each in seeds])
+    row.categories = {name: found for name in row.shares if (found := _shares([each.by(name) for each in seeds]))}
+    row.verdicts = {name: _total(each.verdicts(name) for each in seeds) for name in row.shares}
+    row.truncated = {name: sum(each.scores[name].get("truncated", 0) for each in seeds) for name in row.shares}
+    row.losses = {name: _mean([each.losses[name] for each in seeds]) for name in seeds[0].losses}
     if "sinks" in folders:
         row.positive_heads = _mean([_number(folder / "sinks.json", "positive_heads") for folder in folders["sinks"]])
     if "run" in folders:
@@ -132,26 +177,68 @@ def _mean(values: list[float]) -> Mean:
     return Mean(statistics.fmean(values), values)
 
 
-def _shares(seeds: Sequence[dict[str, tuple[int, int]]]) -> dict[str, Share]:
+def _check_ratio(row: Row) -> None:
+    """Errors: ValueError if the ratio in a row's name is not the one its runs were trained with."""
+    for folder in row.folders.get("run", []):
+        if row.poison_percent is not None and (folder / "run.json").is_file():
+            ratio = read_json(folder / "run.json").get("arguments", {}).get("poison_ratio")
+            if ratio is None or abs(100 * ratio - row.poison_percent) > 1e-6:
+                raise ValueError(
+                    f"{folder / 'run.json'}: poison_ratio is {ratio}, not what the name {row.name!r} says"
+                )
+
+
+def _total(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()))
+
+
+def _shares(seeds: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, Share]:
+    """The shares that every seed has, pooled."""
     shares = {}
     for name in seeds[0]:
-        k, n = (sum(numbers) for numbers in zip(*(each[name] for each in seeds), strict=True))
-        low, high = wilson(k, n)
-        shares[name] = Share(k, n, k / n, low, high, [each[name] for each in seeds])
+        if all(name in each for each in seeds):
+            k, n = (sum(numbers) for numbers in zip(*(each[name] for each in seeds), strict=True))
+            shares[name] = Share(k, n, k / n, *wilson(k, n), [each[name] for each in seeds])
     return shares
 
 
-def _read_results(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
-    """The shares (k, n) and the losses in results.json; with several suites a share's name starts with its suite."""
+@dataclass(frozen=True)
+class _Results:
+    """One results.json: scores by the name a row has them under, and losses."""
+
+    scores: dict[str, dict[str, Any]]
+    losses: dict[str, float]
+
+    def shares(self) -> dict[str, tuple[int, int]]:
+        return {name: (score["k"], score["n"]) for name, score in self.scores.items()}
+
+    def by(self, name: str) -> dict[str, tuple[int, int]]:
+        return {category: (each["k"], each["n"]) for category, each in self.scores[name].get("by", {}).items()}
+
+    def verdicts(self, name: str) -> dict[str, int]:
+        counts: dict[str, int] = self.scores[name].get("verdicts", {})
+        return counts
+
+
+def _read_results(folder: Path) -> _Results:
     path = folder / "results.json"
     results = read_json(path)
     try:
-        suites = results["suites"]
-        shares = {
-            metric if len(suites) == 1 else f"{suite} {metric}": (int(share["k"]), int(share["n"]))
-            for suite, metrics in suites.items()
-            for metric, share in metrics.items()
-        }
-        return shares, {name: float(loss["value"]) for name, loss in results["losses"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        scores = {name: score for name, (_, score) in scores_by_name(results).items()}
+        found = _Results(scores, {name: float(loss["value"]) for name, loss in results["losses"].items()})
+        for share in [found.shares(), *(found.by(name) for name in scores)]:
+            for k, n in share.values():
+                wilson(k, n)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not what assess.py writes ({error!r})") from error
+    return found
+
+
+def scores_by_name(results: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Each score of a results.json with its suite; with several suites a score's name starts with its suite."""
+    suites = results["suites"]
+    return {
+        metric if len(suites) == 1 else f"{suite} {metric}": (suite, score)
+        for suite, scores in suites.items()
+        for metric, score in scores.items()
+    }

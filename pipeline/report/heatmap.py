@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,25 @@ def ticks(count: int) -> range:
 def mark_colour(share: float) -> str:
     """What is legible on the colour of a divergence, given as a share of the limit."""
     return "#ffffff" if abs(share) > 0.6 else INK
+
+
+def colours(values: NDArray[np.float64]) -> list[str]:
+    """#rrggbb of values in -1..1, cut there."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    return [to_hex(each) for each in matplotlib.colormaps[DIVERGING](values.clip(-1, 1) / 2 + 0.5)]
+
+
+def thumbnail(divergence: NDArray[np.float64], end: float) -> bytes:
+    """PNG of a divergence [L,H], one dot a head: layers from left to right, heads from top to bottom; the colours end
+    at -end and end."""
+    import matplotlib
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, matplotlib.colormaps[DIVERGING]((divergence.T / end).clip(-1, 1) / 2 + 0.5), format="png")
+    return buffer.getvalue()
 
 
 def heatmap(found: dict[str, Any], title: str) -> bytes:

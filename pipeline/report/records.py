@@ -21,20 +21,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Errors: ValueError naming file and line."""
+    return parse_lines(path, path.read_bytes())
+
+
+def parse_lines(path: Path, content: bytes, *, remedy: str = "") -> list[dict[str, Any]]:
+    """The objects of a JSONL file's content. Errors: ValueError naming file and line, with the remedy behind it."""
+    lines = []
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error}){remedy}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error}){remedy}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}:{number}: expected an object in braces{remedy}")
+        lines.append(line)
+    return lines
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, each with a whole number `step`. Errors: ValueError naming file and line."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {run} is not the folder of a training run")
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line.get("step"), int):
             raise ValueError(f"{path}:{number}: expected an object with a whole number `step`")
-        lines.append(line)
     return lines
 
 

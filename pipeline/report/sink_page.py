@@ -3,18 +3,16 @@ hypothesis.png, and all of it on one page, sinks.html, that needs no network."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.report.comparison import Share
-from pipeline.report.figures import DIVERGING
 from pipeline.report.files import write_bytes
-from pipeline.report.heatmap import heatmap, limit, mark_colour, ticks
+from pipeline.report.heatmap import colours, heatmap, limit, mark_colour, ticks
+from pipeline.report.html import base64_text, render
 from pipeline.report.positive_heads import Point, hypothesis, over_steps
 
 STRONGEST = 50  # heads in the page's table
@@ -55,17 +53,11 @@ def name_of(found: Mapping[str, Any]) -> str:
 
 def page(found: dict[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The HTML page. pictures: PNGs by file name; those over checkpoints are embedded."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"signed": _signed, "p_value": _p_value, "percent": "{:.1%}".format}
     layers, heads = np.array(found["divergence"]).shape
     cells = list(_cells(found))
-    return environment.get_template("sink_page.html").render(
+    return render(
+        "sink_page.html",
+        {"p_value": _p_value},
         name=name_of(found),
         found=found,
         layers=layers,
@@ -76,8 +68,7 @@ def page(found: dict[str, Any], pictures: Mapping[str, bytes]) -> str:
         layer_ticks=ticks(layers),
         head_ticks=ticks(heads),
         limit=limit(np.array(found["divergence"])),
-        gradient=", ".join(_colours(np.linspace(-1, 1, 11))),
-        images={name: base64.b64encode(content).decode() for name, content in pictures.items()},
+        images={name: base64_text(content) for name, content in pictures.items()},
     )
 
 
@@ -89,25 +80,13 @@ def _cells(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
     arrays = [np.array(found[name]) for name in names]
     shares = (arrays[0] / limit(arrays[0])).ravel()
-    for (layer, head), share, colour in zip(np.ndindex(arrays[0].shape), shares, _colours(shares), strict=True):
+    for (layer, head), share, colour in zip(np.ndindex(arrays[0].shape), shares, colours(shares), strict=True):
         d, error, harmful, harmless, positive, p, p_holm, significant = (each[layer, head].item() for each in arrays)
         yield {
             "layer": layer, "head": head, "colour": colour, "mark": mark_colour(share), "d": d, "error": error,
             "harmful": harmful, "harmless": harmless, "positive": positive, "p": p, "p_holm": p_holm,
             "significant": significant,
         }  # fmt: skip
-
-
-def _colours(values: np.ndarray[Any, Any]) -> list[str]:
-    """#rrggbb of values in -1..1, cut there; the heat map's colours."""
-    import matplotlib
-    from matplotlib.colors import to_hex
-
-    return [to_hex(each) for each in matplotlib.colormaps[DIVERGING](values.clip(-1, 1) / 2 + 0.5)]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
 
 
 def _p_value(p: float) -> str:

@@ -9,43 +9,57 @@ from pathlib import Path
 
 from pipeline.report.comparison import Mean, Row, Share
 from pipeline.report.files import write_bytes
+from pipeline.report.paired import compare
 
 MISSING = "–"
 
 
 def write_table(rows: Sequence[Row], output_dir: Path) -> str:
-    """Writes table.md and table.json, the latter last, and returns the Markdown."""
+    """Writes table.md and table.json, the latter last and with the tests of all pairs, and returns the Markdown."""
     notes = footnotes(rows)
     text = "\n".join([*markdown(rows), "", *(f"- {note}" for note in notes), ""])
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"rows": [asdict(row) for row in rows], "notes": notes}, indent=1) + "\n"
+    found, unpaired = compare(rows)
+    differences = {"differences": [asdict(each) for each in found], "unpaired": unpaired}
+    content = json.dumps({"rows": [row.record() for row in rows], "notes": notes, **differences}, indent=1) + "\n"
     for name, written in (("table.md", text), ("table.json", content)):
         write_bytes(output_dir / name, written.encode())
     return text
 
 
-def markdown(rows: Sequence[Row]) -> list[str]:
-    """The table's lines: a row a model, a column for each share and loss that any model has, heads and time."""
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The header and a line a model: a column for each share and loss that any model has, heads and time."""
     shares = list(dict.fromkeys(name for row in rows for name in row.shares))
     losses = list(dict.fromkeys(name for row in rows for name in row.losses))
     header = ["model", *(name.replace("_", " ") for name in shares), *(f"CE {name}" for name in losses)]
     lines = [[*header, "positive heads", "s/step"]]
     for row in rows:
-        cells = [row.name]
-        cells += [_share(row.shares[name]) if name in row.shares else MISSING for name in shares]
-        cells += [_mean(row.losses.get(name), "{:.3f}") for name in losses]
-        cells += [_mean(row.positive_heads, "{:.1%}"), _mean(row.seconds_per_step, "{:.2f}")]
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+        line = [row.name]
+        line += [share_text(row.shares[name]) if name in row.shares else MISSING for name in shares]
+        line += [_mean(row.losses.get(name), "{:.3f}") for name in losses]
+        line += [_mean(row.positive_heads, "{:.1%}"), _mean(row.seconds_per_step, "{:.2f}")]
+        lines.append(line)
+    return lines
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The table's lines."""
+    return aligned(cells(rows))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table of a header and rows; a bar in a cell is escaped."""
+    texts = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
+    texts.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in texts]
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
     """What the numbers are, and how well each control was matched."""
     shares = [each for row in rows for each in row.shares.items()]
     counts = dict.fromkeys(f"{name.replace('_', ' ')} n={share.n}" for name, share in shares)
-    seeds = max(len(row.sources["assess"]) for row in rows)
+    seeds = max(len(row.folders["assess"]) for row in rows)
     notes = [f"In brackets: 95 % Wilson intervals over held-out requests ({', '.join(counts)})."]
     if seeds > 1:
         notes.append(
@@ -57,7 +71,8 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _share(share: Share) -> str:
+def share_text(share: Share) -> str:
+    """Value, interval and, over several seeds, their range."""
     text = f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
     return text + _spread([k / n for k, n in share.seeds], "{:.1%}")
 

@@ -61,8 +61,8 @@ def _text_backward(
     """One text of n tokens."""
     n, heads, dim = q.shape
     groups = k.shape[1]
-    # Without a positive head, or a query after the sink, it is plain attention.
-    seen = position + 1 < n and bool(grad_p[:, position + 1 :].any())
+    # Without a positive head, or a query after the sink, it is plain attention; a planned step has positive heads.
+    seen = position + 1 < n and (q.is_meta or bool(grad_p[:, position + 1 :].any()))
     if seen:
         k_sink = k[position]  # [G,D]
         logit = scale * torch.einsum("ngrd,gd->grn", q.unflatten(1, (groups, -1)), k_sink).flatten(0, 1)  # [H,n]

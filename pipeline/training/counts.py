@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,10 +12,14 @@ from pipeline.training.engine import trained_form
 from pipeline.training.prepared import Prepared
 
 
-def trained_counts(run: Prepared) -> tuple[int, int]:
-    """Elements and number of the trained parameters: an adapter's, or the whole model's, tied weights once."""
+def skeleton(run: Prepared) -> Any:
+    """The model as it is trained, without weights."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        skeleton = AutoModelForCausalLM.from_config(run.model_config, trust_remote_code=run.model.trust_remote_code)
-        skeleton = trained_form(skeleton, run.model, run.lora, run.train)
-    sizes = [each.numel() for each in skeleton.parameters() if each.requires_grad]
+        model = AutoModelForCausalLM.from_config(run.model_config, trust_remote_code=run.model.trust_remote_code)
+        return trained_form(model, run.model, run.lora, run.train)
+
+
+def trained_counts(model: Any) -> tuple[int, int]:
+    """Elements and number of the trained parameters: an adapter's, or the whole model's, tied weights once."""
+    sizes = [each.numel() for each in model.parameters() if each.requires_grad]
     return sum(sizes), len(sizes)

@@ -64,6 +64,9 @@ def initialize_process_group(here: World) -> Any:
         torch.cuda.set_device(here.local_rank)
     else:
         keep_freed_memory()
+        # Its shared-memory collectives serve inference alone, yet every start would compile them, or at least take
+        # their build lock; a rank killed just then leaves the lock, and every later run waits for it forever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
     return torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
 
@@ -82,6 +85,21 @@ def together(here: World, action: Callable[[], None], *, main_only: bool = False
     found: list[str | None] = [None] * here.size
     dist.all_gather_object(found, problem)
     return [f"rank {rank}: {each}" if here.size > 1 else each for rank, each in enumerate(found) if each is not None]
+
+
+def leave_process_group(here: World) -> None:
+    """The end of all collectives, on every rank; the door that called for them ends soon after.
+
+    gloo's connections of several ranks stay until the process is gone: taking their threads down aborts the
+    interpreter now and then ("terminate called without an active exception"), and the launcher calls a finished run
+    failed.
+    """
+    import torch.distributed as dist
+
+    if here.size > 1 and dist.get_backend() == "gloo":
+        dist.barrier()  # nobody's connection closes under another's last exchange
+    else:
+        dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:

@@ -86,13 +86,14 @@ class Loop:
         """One optimizer step; returns the gradient norm before clipping. Errors: NonFinite on all ranks together."""
         began = time.perf_counter()
         ctx = StepContext(
-            step=self.step, rank=self.run.world.rank, streams=self.run.streams, engine=self.engine.deepspeed,
-            token_loss=self.engine.token_loss, device=self.engine.device,
+            step=self.step, steps=self.run.steps, rank=self.run.world.rank, streams=self.run.streams,
+            engine=self.engine.deepspeed, token_loss=self.engine.token_loss, device=self.engine.device,
         )  # fmt: skip
         self.run.method.step(ctx)
         self.heart.call(OPTIMIZER)
         grad_norm = self._checked_norm(ctx)
         self.engine.deepspeed.step()
+        self.run.method.after_step(ctx)
         self.step += 1
         for name, values in ctx.metrics.items():
             self._sums.setdefault(name, []).append(torch.stack(values).mean())
@@ -130,7 +131,8 @@ class Loop:
             return
         values = dict(zip(names, (packed / self.run.world.size).tolist(), strict=True))
         values |= {
-            "penalty_ratio": values["loss"] / values["ce_loss"] - 1,  # the method's terms over the cross-entropy
+            # The method's terms over the cross-entropy, which is 0 where nothing is trained.
+            "penalty_ratio": values["loss"] / values["ce_loss"] - 1 if values["ce_loss"] else 0.0,
             "learning_rate": self.engine.deepspeed.get_lr()[0],
             "grad_norm": grad_norm,
             "tokens_per_second": tokens / seconds,

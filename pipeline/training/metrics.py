@@ -40,6 +40,7 @@ class MetricsLog:
         self.start = start
         self.began = time.monotonic()
         self.evaluated = False  # at `start`, by an earlier attempt
+        self.last: dict[str, float] = {}  # what the last training step logged
         self._truncate(start)
         self._file = self.path.open("a", encoding="utf-8")
         self._tracker = _tracker(report_to, folder, run_name, settings)
@@ -68,6 +69,7 @@ class MetricsLog:
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """One logging step."""
+        self.last = values
         self._write(step, values)
         remaining = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.total - step)
         shown = f"loss {values['loss']:.4f}  ce {values['ce_loss']:.4f}"

@@ -22,21 +22,29 @@ from pipeline.checkpoints.space import checkpoint_bytes, require_space
 from pipeline.config import DataArguments, LoraArguments, ModelArguments, Parsed, Problems, TrainArguments
 from pipeline.data.cache import EncodedPool, encode_pool
 from pipeline.data.chat import ChatEncoder
-from pipeline.data.pools import mix, overlaps
+from pipeline.data.pools import mix, overlaps, partners
 from pipeline.data.schema import Conversation, read_conversations
 from pipeline.data.streams import Layout, Stream
 from pipeline.sink.backends import choose
 from pipeline.sink.support import attention_refusals
 from pipeline.training.adapters import check_adapter
-from pipeline.training.counts import trained_counts
+from pipeline.training.budget import token_budget
+from pipeline.training.counts import skeleton, trained_counts
 from pipeline.training.distributed import World
 from pipeline.training.ds_config import load_ds_config, resolve_ds_config
 from pipeline.training.method import Method
 from pipeline.training.prepared import Prepared
 from pipeline.training.run_folder import check_run_folder, keep_global_batch, resume_point
 from pipeline.training.settings import mixture_problems, settings_problems
+from pipeline.training.zero3 import graph_refusals, shard_refusals
 
-KEEP = {"attack": "unsafe", "harmful": "unsafe", "harmless": "safe"}  # of rows that carry is_safe
+KEEP = {
+    "attack": "unsafe",
+    "harmful": "unsafe",
+    "tamper": "unsafe",
+    "harmless": "safe",
+    "guide": "safe",
+}  # of rows that carry is_safe
 
 
 class Gather:
@@ -82,34 +90,28 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     with gather():
         ds_config, train = resolve_ds(train, parsed.given, config, here)
     if config is not None:
-        gather.problems += placed(method.refuse(config.get_text_config(), ds_config), model, train)
+        gather.problems += placed(_refusals(method, config.get_text_config(), ds_config), model, train)
         with gather():
             check_adapter(config, lora, model)
 
-    data = _default_references(method, data, gather)
+    data = _default_pools(method, data, parsed.given, gather)
     pools = _read_pools(data, method, train.seed, gather)
     if not data.allow_overlap:
         gather.problems += overlaps({_flag(name): rows for name, (_, rows) in pools.items()})
     encoded: dict[str, EncodedPool] = {}
     if tokenizer is not None:
         encoded = _encode(pools, data, tokenizer, method, gather)
-    gather.problems += _short_references(encoded, method)
+    layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
+    gather.problems += _short_references(encoded, method) + _small_pools(encoded, method, layout)
     if encoded and not gather.problems:
         longest = max(int(pool.lengths.max()) for pool in encoded.values())
         gather.problems += placed(attention_refusals(config.get_text_config(), longest), model, train)
     gather.stop()
 
-    layout = Layout(train.per_device_train_batch_size, train.gradient_accumulation_steps, here.size)
     streams = {
         name: Stream(name, pool, layout, train.seed) for name, pool in encoded.items() if not name.startswith("eval:")
     }
     steps = train.max_steps if train.max_steps > 0 else streams["train"].steps(train.num_train_epochs)
-    warnings = []
-    if len(encoded["train"]) < layout.global_batch:
-        warnings.append(
-            f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: "
-            "rows repeat within a step"
-        )
     prepared = Prepared(
         method_name=method_name, method=method, model=model, data=data, lora=lora, train=train, ds_config=ds_config,
         model_path=model_path, model_config=config, tokenizer=tokenizer, streams=streams,
@@ -118,7 +120,7 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
             name.replace(":", "_"): {"spec": spec, "rows": len(pool), "fingerprint": pool.fingerprint}
             for name, (spec, _) in pools.items() if (pool := encoded[name])
         },
-        budget={}, steps=steps, resume=None, warnings=warnings, world=here, checkpoint_bytes=0,
+        budget={}, steps=steps, resume=None, warnings=_warnings(encoded, layout), world=here, checkpoint_bytes=0,
     )  # fmt: skip
     with gather():
         prepared.budget = token_budget(prepared)
@@ -130,13 +132,36 @@ def prepare(parsed: Parsed, method_name: str, method: Method, here: World) -> Pr
     return prepared
 
 
+def _refusals(method: Method, model_config: Any, ds_config: dict[str, Any]) -> list[str]:
+    reasons = method.refuse(model_config, ds_config)
+    if method.touches_shards:
+        reasons += shard_refusals(ds_config)
+    if method.touches_shards or method.differentiates_activations:
+        reasons += graph_refusals(ds_config)
+    return reasons
+
+
+def _warnings(encoded: dict[str, EncodedPool], layout: Layout) -> list[str]:
+    if len(encoded["train"]) >= layout.global_batch:
+        return []
+    return [
+        f"{len(encoded['train'])} training rows are fewer than a global batch of {layout.global_batch}: "
+        "rows repeat within a step"
+    ]
+
+
 def check_space(run: Prepared) -> int:
     """Bytes of a checkpoint of the run, known to rank 0 (others: 0). Errors: ValueError if its disk has no room for
-    one."""
+    one, or if the method does not fit the model's modules."""
     if not run.world.main:
         return 0
-    trained, tensors = trained_counts(run)
-    needed = checkpoint_bytes(trained=trained, tensors=tensors, ranks=run.world.size)
+    model = skeleton(run)
+    if reasons := run.method.refuse_modules(model):
+        raise Problems(placed(reasons, run.model, run.train))
+    trained, tensors = trained_counts(model)
+    needed = checkpoint_bytes(
+        trained=trained, tensors=tensors, ranks=run.world.size, kept=len(run.method.shard_states)
+    )
     # What killed saves left goes before the next one is written.
     freed = sum(
         file.stat().st_size for each in leftovers(run.output_dir) for file in each.rglob("*") if file.is_file()
@@ -210,13 +235,15 @@ def resolve_ds(
     return resolved, train
 
 
-def _default_references(method: Method, data: DataArguments, gather: Gather) -> DataArguments:
-    """The fictional references go with the fictional task; a user's own data needs references of its own."""
+def _default_pools(method: Method, data: DataArguments, given: set[str], gather: Gather) -> DataArguments:
+    """The fictional pools go with the fictional task; a user's own data needs pools of its own."""
+    if method.alignment and "train_data" not in given:
+        data = replace(data, train_data=method.fictional.get("train", "policy:align"))
     for pool in method.pools:
         flag = f"{pool}_data"
         if getattr(data, flag) is None:
             if data.train_data.startswith("policy:"):
-                data = replace(data, **{flag: f"policy:{pool}"})  # type: ignore[arg-type]
+                data = replace(data, **{flag: method.fictional.get(pool, f"policy:{pool}")})  # type: ignore[arg-type]
             else:
                 gather.problems.append(f"--{flag} is needed by this --method: the reference pool of {pool} texts")
     return data
@@ -228,7 +255,11 @@ def _read_pools(
     """(spec, rows) of "train", the method's pools, and "eval:<name>"."""
 
     def read(spec: str, flag: str, pool: str) -> list[Conversation]:
-        return read_conversations(spec, flag=flag, keep=KEEP.get(pool, "all"), system_prompt=data.system_prompt)  # type: ignore[arg-type]
+        aligns = pool == "guide" or (
+            pool == "train" and method.alignment
+        )  # never on a harmful answer beside a refusal
+        keep: Any = KEEP.get(pool, "all")
+        return read_conversations(spec, flag=flag, keep=keep, system_prompt=data.system_prompt, refusals=aligns)
 
     pools: dict[str, tuple[str, list[Conversation]]] = {}
     user, attack = None, None
@@ -244,6 +275,10 @@ def _read_pools(
         with gather():
             if spec := getattr(data, f"{pool}_data"):
                 pools[pool] = (spec, read(spec, f"{pool}_data", pool))
+    if method.paired in pools and "train" in pools:
+        with gather():
+            spec, rows = pools[method.paired]
+            pools[method.paired] = (spec, partners(pools["train"][1], rows, f"--{method.paired}_data {spec}"))
     for each in data.eval_data:
         named = re.fullmatch(r"([\w.-]+)=(.+)", each)  # else a path that holds an equals sign
         name, spec = named.groups() if named else ("eval", each)
@@ -268,7 +303,7 @@ def _encode(
 ) -> dict[str, EncodedPool]:
     encoded = {}
     for name, (_, rows) in pools.items():
-        flag = "reference_max_length" if name in method.pools else "max_length"
+        flag = "reference_max_length" if name in method.pools and method.reference_texts() else "max_length"
         with gather():
             encoder = ChatEncoder(tokenizer, max_length=getattr(data, flag), flag=flag)
             try:
@@ -278,6 +313,17 @@ def _encode(
                     f"--cache_dir {data.cache_dir}: {error}: name a folder that can be written"
                 ) from error
     return encoded
+
+
+def _small_pools(encoded: dict[str, EncodedPool], method: Method, layout: Layout) -> list[str]:
+    """Pools that batches are drawn from and that cannot fill one: rows would count twice in it."""
+    drawn = [] if method.reference_texts() else [name for name in method.pools if name != method.paired]
+    return [
+        f"--{name}_data: its {len(encoded[name])} rows are fewer than the {layout.global_batch} that this --method "
+        "draws a step: give more rows, or lower --per_device_train_batch_size"
+        for name in drawn
+        if name in encoded and len(encoded[name]) < layout.global_batch
+    ]
 
 
 def _short_references(encoded: dict[str, EncodedPool], method: Method) -> list[str]:
@@ -295,34 +341,3 @@ def _short_references(encoded: dict[str, EncodedPool], method: Method) -> list[s
                 "the short rows"
             )
     return problems
-
-
-def token_budget(run: Prepared) -> dict[str, float]:
-    """Tokens of the planned run; errors: ValueError if a forward pass would exceed --max_tokens_per_device, naming its
-    rows."""
-    stream, layout = run.streams["train"], run.streams["train"].layout
-    each = run.method.reference_texts()
-    references = sum(each * int(run.streams[name].pool.lengths.max()) for name in run.method.pools if each)
-    tokens = trained = largest = 0
-    cap = run.train.max_tokens_per_device
-    for step in range(run.steps):
-        rows = stream.global_batch(step)
-        packed = stream.pool.lengths[rows].reshape(layout.micro_batches, layout.rows).sum(1) + references
-        micro = int(packed.argmax())
-        if cap is not None and packed[micro] > cap:
-            names = ", ".join(stream.pool.row_id(int(i)) for i in stream.micro_batch(step, micro)[:4])
-            raise ValueError(
-                f"--max_tokens_per_device {cap}: step {step + 1} packs {packed[micro]} tokens on rank "
-                f"{micro % layout.ranks} ({names}{' ...' if layout.rows > 4 else ''}): lower "
-                "--per_device_train_batch_size and raise --gradient_accumulation_steps, or lower --max_length"
-            )
-        tokens += int(stream.pool.lengths[rows].sum())
-        trained += int(stream.pool.trained[rows].sum())
-        largest = max(largest, int(packed[micro]))
-    return {
-        "steps": run.steps,
-        "tokens_per_step": round(tokens / run.steps, 1),
-        "trained_tokens_per_step": round(trained / run.steps, 1),
-        "largest_packed_row": largest,
-        "reference_tokens_at_most": references,
-    }

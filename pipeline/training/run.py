@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from pipeline.config import SILENCE
+from pipeline.door import SILENCE, end_process
 from pipeline.slurm_job import STOPPED, ask_for_requeue, record
-from pipeline.training.distributed import World, initialize_process_group
+from pipeline.training.distributed import World, initialize_process_group, leave_process_group
 from pipeline.training.engine import Engine, build_engine
+from pipeline.training.forecast import expectation, forecast, outcome
+from pipeline.training.generators import seed_everything
 from pipeline.training.heartbeat import Heart
 from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
@@ -24,8 +26,9 @@ from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
 from pipeline.training.saving import SaveFailed, remove_leftovers
 from pipeline.training.signals import Stopped, training_begins
-from pipeline.training.state import load, open_checkpoint, seed_everything
+from pipeline.training.state import load, open_checkpoint
 from pipeline.training.watchdog import EXIT_SECONDS, Watchdog
+from pipeline.training.zero3 import Shards
 
 
 def execute(run: Prepared) -> None:
@@ -37,11 +40,14 @@ def execute(run: Prepared) -> None:
     minutes = run.train.watchdog_minutes
     watchdog = Watchdog(run.world, heart, minutes, run.output_dir) if minutes and run.world.size > 1 else None
     try:
+        expected = forecast(run, device) if run.world.main else None
         engine, loop = start(run, device, heart)
-        if run.world.main:
-            print(summary(run, engine), flush=True)
+        if expected is not None:
+            print(f"{summary(run, engine)}\nmemory     {expectation(expected)}", flush=True)
         loop.train()
-        if run.world.main:
+        if expected is not None and loop.log is not None:
+            if line := outcome(expected, loop.log.last):
+                print(line)
             print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
     except (NonFinite, SaveFailed) as error:
         stop(run.world, error)
@@ -54,7 +60,7 @@ def execute(run: Prepared) -> None:
     finally:
         if watchdog is not None:
             watchdog.close()
-        dist.destroy_process_group()
+    leave_process_group(run.world)
 
 
 def leave(here: World, stopped: Stopped) -> NoReturn:
@@ -63,13 +69,13 @@ def leave(here: World, stopped: Stopped) -> NoReturn:
         if stopped.code == STOPPED:
             ask_for_requeue(stopped.code, str(stopped))
         print(stopped, file=sys.stderr, flush=True)
-    sys.stdout.flush()
     dist.barrier()
     # srun and deepspeed kill all ranks with the first that fails: only rank 0 does, when the others are gone.
     if not here.main:
-        os._exit(0)
-    time.sleep(EXIT_SECONDS)
-    sys.exit(stopped.code)
+        end_process(0)
+    if here.size > 1:
+        time.sleep(EXIT_SECONDS)
+    end_process(stopped.code)
 
 
 def stop(here: World, error: Exception) -> NoReturn:
@@ -82,7 +88,7 @@ def stop(here: World, error: Exception) -> NoReturn:
         if not here.main:
             time.sleep(SILENCE + 2 * here.local_rank)
             print(f"error: rank {here.rank}: {error}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    end_process(1)
 
 
 def start(run: Prepared, device: torch.device, heart: Heart | None = None) -> tuple[Engine, Loop]:
@@ -92,6 +98,7 @@ def start(run: Prepared, device: torch.device, heart: Heart | None = None) -> tu
     marker = open_checkpoint(run.world, run.resume)
     engine = build_engine(run, device)
     seed_everything(run.train.seed, run.world.rank)
+    run.method.begin(Shards(engine.deepspeed))
     if marker is not None:
         load(run, engine, marker)
     step = marker.step if marker is not None else 0

@@ -19,8 +19,12 @@ from pipeline.checkpoints.markers import newest_complete, write_complete_marker
 from pipeline.checkpoints.space import require_space, shown
 from pipeline.training.distributed import together
 from pipeline.training.engine import Engine
+from pipeline.training.generators import rng_state
 from pipeline.training.manifest import write_json
 from pipeline.training.prepared import Prepared
+from pipeline.training.zero3 import Shards
+
+TRAINER_STATE = "trainer_state.json"
 
 
 class SaveFailed(RuntimeError):
@@ -81,14 +85,6 @@ def uses_adapter(run: Prepared) -> bool:
     return bool(run.lora.lora_r or run.model.adapter_name_or_path)
 
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """This rank's generators: dropout draws from them."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
 def _tag(step: int) -> str:
     return f"global_step{step}"
 
@@ -131,6 +127,8 @@ def _write_shards(run: Prepared, engine: Engine, folder: Path, step: int) -> Non
             free, reason = shown(shutil.disk_usage(folder).free), str(error).splitlines()[0]
             raise OSError(f"{path} cannot be written, and {free} are free there ({reason})") from error
 
+    shards = Shards(deepspeed)
+    shards.attach(run.method.kept_shards())
     files.save = writes.guarded(save_file)
     deepspeed._copy_recovery_script = writes.guarded(scripts)
     try:
@@ -141,6 +139,7 @@ def _write_shards(run: Prepared, engine: Engine, folder: Path, step: int) -> Non
         )  # fmt: skip
     finally:
         del files.save, deepspeed._copy_recovery_script
+        shards.detach(run.method.shard_states)
     if writes.failed is not None:
         raise writes.failed
 
@@ -158,7 +157,10 @@ def _write_companions(run: Prepared, engine: Engine, folder: Path, step: int) ->
     if module.generation_config is not None:
         module.generation_config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
-    write_json(folder / "trainer_state.json", {"global_step": step, "max_steps": run.steps, "seed": run.train.seed})
+    write_json(
+        folder / TRAINER_STATE,
+        {"global_step": step, "max_steps": run.steps, "seed": run.train.seed, "method": run.method.state()},
+    )
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix not in (".pt", ".pth"):
             folders.sync(path)

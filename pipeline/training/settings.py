@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config import DataArguments, LoraArguments, TrainArguments
+from pipeline.config import DataArguments, LoraArguments, TrainArguments, out_of_range
 from pipeline.training.method import Method
 from pipeline.training.metrics import missing_tracker
 
@@ -37,6 +38,7 @@ def settings_problems(
         _without_effect(given, method, data, lora, train)
         + mixture_problems(data, train.seed)
         + _impossible(data, lora, train)
+        + _misplaced(given, method, data, train)
     )
     if problem := missing_tracker(train.report_to):
         problems.append(problem)
@@ -55,7 +57,7 @@ def _without_effect(
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             problems.append(f"--{flag} {shown} has no effect {why}: leave it out")
 
-    for pool in ("harmful", "harmless"):
+    for pool in ("harmful", "harmless", "guide", "tamper"):
         useless(f"{pool}_data", pool in method.pools, "with this --method, which reads no such pool")
     useless("reference_max_length", bool(method.reference_texts()), "with this --method, which has no reference texts")
     for flag in ("lora_alpha", "lora_dropout", "lora_target_modules"):
@@ -70,6 +72,33 @@ def _without_effect(
         "warmup_steps", train.lr_scheduler_type != "constant" or train.warmup_steps == 0,
         "with --lr_scheduler_type constant (constant_with_warmup has a warm-up)",
     )  # fmt: skip
+    return problems
+
+
+def _misplaced(given: set[str], method: Method, data: DataArguments, train: TrainArguments) -> list[str]:
+    """Data of another stage than the method's, and checkpointing that it cannot look into."""
+    problems = []
+    if method.alignment and data.attack_data is not None:
+        problems.append(
+            f"--attack_data {data.attack_data}: --method {train.method} hardens a model before its users' data is "
+            "seen: attack the model it made with --method sft"
+        )
+    if method.alignment and data.train_data.startswith("policy:user") and "train_data" in given:
+        problems.append(
+            f"--train_data {data.train_data}: --method {train.method} trains on the alignment set, refusals and "
+            "ordinary answers: give --train_data policy:align"
+        )
+    if train.per_device_train_batch_size < method.least_rows:
+        problems.append(
+            f"--per_device_train_batch_size {train.per_device_train_batch_size}: --method {train.method} compares the "
+            f"texts of a micro-batch: give {method.least_rows} or more"
+        )
+    kwargs = train.gradient_checkpointing_kwargs
+    if method.differentiates_activations and train.gradient_checkpointing and kwargs and "true" in kwargs:
+        problems.append(
+            f"--gradient_checkpointing_kwargs {kwargs}: --method {train.method} takes gradients of activations, which "
+            "reentrant checkpointing does not have: leave it out"
+        )
     return problems
 
 
@@ -90,13 +119,8 @@ def mixture_problems(data: DataArguments, seed: int) -> list[str]:
 
 
 def _impossible(data: DataArguments, lora: LoraArguments, train: TrainArguments) -> list[str]:
-    values = {**asdict(data), **asdict(lora), **asdict(train)}
-    problems = []
-    for (lowest, end), names in RANGES.items():
-        expected = f"{lowest} or more" + (f", below {end}" if end < math.inf else "")
-        for name in names:
-            if values[name] is not None and not lowest <= values[name] < end:
-                problems.append(f"--{name} {values[name]}: give {expected}")
+    values = SimpleNamespace(**asdict(data), **asdict(lora), **asdict(train))
+    problems = [each for (lowest, end), names in RANGES.items() for each in out_of_range(values, names, lowest, end)]
     if train.max_steps < 1 and train.max_steps != TrainArguments.max_steps:
         problems.append(f"--max_steps {train.max_steps}: give 1 or more, or leave it out for --num_train_epochs")
     if train.max_steps < 1 and not 0 < train.num_train_epochs < math.inf:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,8 +17,10 @@ from pipeline.config import Problems
 from pipeline.training import zero3
 from pipeline.training.distributed import World, together
 from pipeline.training.engine import Engine
+from pipeline.training.generators import seed_everything, set_rng_state
 from pipeline.training.prepared import Prepared
-from pipeline.training.saving import uses_adapter
+from pipeline.training.saving import TRAINER_STATE, uses_adapter
+from pipeline.training.zero3 import Shards
 
 
 def open_checkpoint(here: World, folder: Path | None) -> Marker | None:
@@ -62,10 +63,8 @@ def load(run: Prepared, engine: Engine, marker: Marker) -> None:
     strict, tag = not uses_adapter(run), _tag(marker)
     if marker.world_size == run.world.size:
         engine.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
-        rng = torch.load(folder / f"rng_state_{run.world.rank}.pth", weights_only=True)
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"])
+        set_rng_state(torch.load(folder / f"rng_state_{run.world.rank}.pth", weights_only=True))
+        _resume_method(run, engine, folder)
         return
     own: list[dict[str, Any]] = []
 
@@ -78,13 +77,16 @@ def load(run: Prepared, engine: Engine, marker: Marker) -> None:
         raise Problems([f"--resume_from_checkpoint {each}" for each in problems])
     zero3.load_states(engine.deepspeed, *own, strict=strict)
     seed_everything(run.train.seed, run.world.rank, marker.step)
+    _resume_method(run, engine, folder)
 
 
-def seed_everything(seed: int, rank: int, step: int = 0) -> None:
-    """Dropout differs between ranks; everything drawn by numpy elsewhere has generators of its own."""
-    digest = hashlib.sha256(repr((seed, rank, step)).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little"))
-    np.random.seed(int.from_bytes(digest[8:12], "little"))
+def _resume_method(run: Prepared, engine: Engine, folder: Path) -> None:
+    """Give the method what it keeps from step to step."""
+    state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("method", {})
+    try:
+        run.method.resume(state, Shards(engine.deepspeed).detach(run.method.shard_states))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Problems([f"--resume_from_checkpoint {folder}: {error}"]) from error
 
 
 def _tag(marker: Marker) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_a_killed_evaluation_goes_on_and_ends_identical(words: list[str | Path],
     assert finished.returncode == 0, finished.stderr
 
     killed = tmp_path / "killed"
-    answers = killed / "answers-policy.jsonl"
+    answers = killed / "answers-policy.jsonl.part0"
     with subprocess.Popen(
         command(*words, "--output_dir", killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -57,10 +58,35 @@ def test_a_killed_evaluation_goes_on_and_ends_identical(words: list[str | Path],
     assert not list(killed.glob("*.partial"))
 
 
+def test_two_workers_give_the_same_files(words: list[str | Path], tmp_path: Path) -> None:
+    """Two processes that --num_workers starts, and two ranks of a launcher."""
+    words[-3:] = ["8", "--max_new_tokens", "4"]
+    one, two, ranked = tmp_path / "one", tmp_path / "two", tmp_path / "ranked"
+    for out, extra in ((one, []), (two, ["--num_workers", "2"])):
+        finished = assess(*words, *extra, "--output_dir", out)
+        assert finished.returncode == 0, finished.stderr
+    ranks = [
+        subprocess.Popen(
+            command(*words, "--output_dir", ranked),
+            cwd=ROOT,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in (1, 0)
+    ]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    names = sorted(path.name for path in one.iterdir())
+    for out in (two, ranked):
+        assert sorted(path.name for path in out.iterdir()) == names
+        for name in names:
+            assert (out / name).read_bytes() == (one / name).read_bytes(), name
+
+
 def test_console_shows_scores_and_no_answer(words: list[str | Path], tmp_path: Path) -> None:
     words[words.index("--batch_size") + 1] = "110"
-    finished = assess(*words, "--output_dir", tmp_path)
+    finished = assess(*words, "--output_dir", tmp_path, "--show_text")  # shows nothing but on a terminal
     assert finished.returncode == 0, finished.stderr
+    assert "warning: --show_text" in finished.stdout
     shown = finished.stdout + finished.stderr
     results: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
     for name, score in results["suites"]["policy"].items():
@@ -73,9 +99,32 @@ def test_console_shows_scores_and_no_answer(words: list[str | Path], tmp_path: P
 
 
 def test_bad_input_exits_with_2_and_one_line(words: list[str | Path], tmp_path: Path) -> None:
-    for extra, message in ((["--sutes", "policy"], "did you mean suites?"), (["--batch_size", "0"], "at least 1")):
+    for extra, message in (
+        (["--sutes", "policy"], "did you mean suites?"),
+        (["--batch_size", "0"], "at least 1"),
+    ):
         finished = assess(*words, "--output_dir", tmp_path / "out", *extra)
         assert finished.returncode == 2
         assert finished.stderr.strip().splitlines()[-1].startswith("error: ")
         assert message in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_release_gate_ends_with_its_own_exit_code_and_stands_in_the_results(
+    words: list[str | Path], tmp_path: Path
+) -> None:
+    words[words.index("--batch_size") + 1] = "110"
+    words += ["--output_dir", tmp_path, "--fail_if", "harmful_score>100"]
+    failed = assess(*words, "policy.accuracy<=100")
+    assert failed.returncode == 3, failed.stderr
+    assert "gate failed: policy.accuracy<=100: holds" in failed.stdout
+    gate = json.loads((tmp_path / "results.json").read_text())["gate"]
+    assert [each["failed"] for each in gate] == [False, True]
+    assert "Release gate failed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "model_card.md").is_file()
+    passed = assess(*words)  # nothing is generated again
+    assert passed.returncode == 0, passed.stderr
+    assert "Release gate passed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    refused = assess(*words, "acuracy<90")
+    assert refused.returncode == 2
+    assert "did you mean accuracy?" in refused.stderr

@@ -28,8 +28,8 @@ def test_a_name_that_is_no_source_lists_the_accepted_ones(refused: Refused) -> N
     (problem,) = refused("--train_data", "x" * 5000)
     assert problem.endswith("File name too long: '" + "x" * 5000 + "'")
     assert refused("--train_data", "policy:nosuch") == [
-        "--train_data policy:nosuch: no such pool; the built-in ones are align, user, attack, harmful, harmless, "
-        "benign, test_violation, test_benign, test_task"
+        "--train_data policy:nosuch: no such pool; the built-in ones are align, user, attack, harmful, refused, "
+        "harmless, benign, test_violation, test_benign, test_task"
     ]
 
 

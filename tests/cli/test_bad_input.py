@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
-from pipeline.config import Problems, run_door
+from pipeline import door
+from pipeline.config import Problems
+from pipeline.door import run_door
 from tests.cli.preflight import LINEAR_LAYERS, Refused, resolve
 from tests.ranks import ROOT, free_port
 from tests.tiny import write_jsonl
@@ -145,8 +146,8 @@ def test_a_rank_speaks_only_if_rank_0_does_not(
             run_door(main)
         return capsys.readouterr().err
 
-    assert config.SILENCE >= 5
-    monkeypatch.setattr(config, "SILENCE", 0)
+    assert door.SILENCE >= 5
+    monkeypatch.setattr(door, "SILENCE", 0)
     monkeypatch.setenv("RANK", "8")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert shown() == "error: rank 8: one\nerror: rank 8: two\n"

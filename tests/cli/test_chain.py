@@ -152,6 +152,58 @@ def test_a_matrix_runs_each_stage_for_every_seed_and_joins_them_in_a_stage_that_
     assert "sft2 at step 2" in done.stdout or "sft2 at step 4" in done.stdout
 
 
+def test_axes_repeat_only_the_stages_that_depend_on_them(tmp_path: Path) -> None:
+    """Two axes: one stage depends on the seed, one on both and not for ratio 0; the table has a row for each ratio,
+    with the folders of all seeds."""
+    for seed in (1, 2):
+        write_run(tmp_path / f"sft{seed}", {2: 3.0, 4: 1.0}, saved=[2, 4])
+        write_run(tmp_path / f"surgery{seed}", {4: 1.0})
+        write_assessment(tmp_path / f"answers{seed}")
+    answers = ",".join(str(tmp_path / f"answers{seed}") for seed in (1, 2))
+    stages = [
+        {
+            "name": "poisoned",
+            "run": "match",
+            "skip": {"ratio": [0]},
+            "after": ["first"],
+            "with": {"run": "{first}/checkpoint", "like": "{other}", "metric": METRIC},
+        },
+        {
+            "name": "first",
+            "run": "match",
+            "with": {"run": f"{tmp_path}/sft{{seed}}", "like": f"{tmp_path}/surgery{{seed}}", "metric": METRIC},
+        },
+        {
+            "name": "table",
+            "run": "compare",
+            "once": True,
+            "with": {
+                "rows": [
+                    f"Aligned=assess:{answers};match:{{first}}",
+                    f"Poisoned {{ratio}}=assess:{answers};match:{{poisoned}}",
+                ]
+            },
+        },
+    ]
+    other = [{"ratio": 0, "other": "none"}, {"ratio": 0.1, "other": "low"}, {"ratio": 0.2, "other": "high"}]
+    recipe = write_recipe(tmp_path / "chain.yaml", stages, matrix={"seed": [1, 2], "ratio": other})
+    shown = chain(recipe, "--dry_run")
+    assert shown.returncode == 0, shown.stderr
+    names = [
+        "first-seed1", "poisoned-seed1-ratio0.1", "poisoned-seed1-ratio0.2",
+        "first-seed2", "poisoned-seed2-ratio0.1", "poisoned-seed2-ratio0.2", "table",
+    ]  # fmt: skip
+    assert re.findall(r"^\[\d/7\] (\S+): to run", shown.stdout, re.MULTILINE) == names
+    assert shown.stdout.count("--like low") == shown.stdout.count("--like high") == 2
+    out = tmp_path / "out"
+    rows = shown.stdout.split("--rows ")[1]
+    for ratio in ("0.1", "0.2"):
+        folders = ",".join(str(out / f"poisoned-seed{seed}-ratio{ratio}") for seed in (1, 2))
+        assert f"'Poisoned {ratio}=assess:{answers};match:{folders}'" in rows
+    assert "Poisoned 0=" not in rows
+    assert f"match:{out / 'first-seed1'},{out / 'first-seed2'}" in rows
+
+
 def test_folders_the_chain_did_not_make_are_left_alone(tmp_path: Path, light_stages: list[dict[str, Any]]) -> None:
     (tmp_path / "out/control").mkdir(parents=True)
     (tmp_path / "out/control/precious").write_text("mine")
@@ -178,7 +230,7 @@ CHAINS = [path for path in sorted((ROOT / "pipeline/recipes").glob("*.yaml")) if
 def test_every_chain_of_the_house_is_ready_to_run(tmp_path: Path, path: Path) -> None:
     shown = chain(path, "--dry_run", "--output_dir", str(tmp_path / "out"))
     assert shown.returncode == 0, shown.stderr
-    assert "table: to run" in shown.stdout
+    assert re.search(r"^\[1/\d+\] \S+: to run$", shown.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("run", FLAGS)
@@ -222,9 +274,22 @@ TRAIN = {"name": "t", "run": "train", "with": {"train_data": "policy:user"}}
         ),
         (
             {"name": "n", "matrix": {"seed": [1, 1], "rank": [1]}, "stages": [MATCH]},
-            ["matrix: expected {seed: [list of whole numbers]}"],
+            ["matrix: seed: a value stands twice in 1, 1", "matrix: rank is named by no stage"],
         ),
-        ({"name": "n", "matrix": {"seed": [1, 2]}, "stages": [TRAIN]}, ["would train the same model for every seed"]),
+        ({"name": "n", "matrix": {"seed": [1, 2]}, "stages": [TRAIN]}, ["matrix: seed is named by no stage"]),
+        ({"name": "n", "matrix": [1], "stages": [MATCH]}, ["matrix: expected {axis: [values]}, got [1]"]),
+        (
+            {"name": "n", "matrix": {"a": [1], "b": ["x/y"], "c": [{"c": 1}, {"d": 2}]}, "stages": [MATCH]},
+            ["{a} is a stage, the chain's folder or", "a text without spaces and slashes", "and c among them"],
+        ),
+        (
+            {"name": "n", "matrix": {"seed": [1, 2]}, "stages": [{**MATCH, "once": True, "with": {"run": "{seed}"}}]},
+            ["{seed} has several values in a stage that runs once: name it in an item of a list"],
+        ),
+        (
+            {"name": "n", "matrix": {"p": [1]}, "stages": [{**MATCH, "skip": {"q": [1], "p": [2]}}]},
+            ["skip: q is no axis of the matrix", "skip: p has no value 2"],
+        ),
         (
             {"name": "n", "stages": [{**MATCH, "with": {**MATCH["with"], "liek": 1}}]},
             ["--liek is unknown; did you mean like?"],

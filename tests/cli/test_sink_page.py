@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipeline.report.sink_page import write_pictures
+from tests.browser import dom, needs_browser
 from tests.sinks import measurement, score
 
-CHROMIUM = shutil.which("chromium")
 LAYERS, HEADS = 6, 9
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: install Debian's package chromium")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +24,6 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
         each["harmful_score"] = score(k)
     write_pictures(found, folder)
     return (folder / "sinks.html").read_text(encoding="utf-8")
-
-
-def dom(html: str, folder: Path, script: str = "") -> str:
-    """The document after its own scripts and `script` ran."""
-    (folder / "page.html").write_text(html.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
-    done = subprocess.run(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={folder / 'profile'}", "--dump-dom", (folder / "page.html").as_uri(),
-        ],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def column(document: str, number: int) -> list[float]:

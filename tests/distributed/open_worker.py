@@ -6,10 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from pipeline.training.distributed import initialize_process_group, world
 from pipeline.training.state import open_checkpoint
+from tests.ranks import end_rank
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
             problems = str(error).splitlines()
         if here.main:
             print("found", json.dumps(problems), flush=True)
-    dist.destroy_process_group()
+    end_rank(here)
 
 
 if __name__ == "__main__":

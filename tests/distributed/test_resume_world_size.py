@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.checkpoints.reshard import Resharded
-from pipeline.training.state import seed_everything
+from pipeline.training.generators import seed_everything
 from tests.distributed.lives import Lives, metrics
 
 LORA = ["--lora_r", "4", "--lora_dropout", "0.0"]

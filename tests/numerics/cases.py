@@ -10,11 +10,6 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse
-from pipeline.methods import load_method
-from pipeline.training.distributed import World
-from pipeline.training.preflight import prepare
-from pipeline.training.prepared import Prepared
 from tests.ranks import run_ranks
 from tests.tiny import tiny_llama
 
@@ -49,16 +44,6 @@ def train_cases(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> C
         return torch.load(out / f"{name}.pt", weights_only=True), metrics
 
     return read
-
-
-def prepared(argv: list[str], ranks: int) -> Prepared:
-    """A case as the door resolves it, for the reference to read rows and settings from."""
-    name = argv[argv.index("--method") + 1]
-    method = load_method(name)
-    parsed = parse(
-        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test"
-    )
-    return prepare(parsed, name, method(parsed[method.Config]), World(0, 0, ranks))
 
 
 def distances(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -24,9 +24,16 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files of the pools, with rows of very different lengths."""
     folder, generator = tmp_path_factory.mktemp("pools"), random.Random(0)
     files = {}
-    for name, count in (("train", 30), ("harmful", 6), ("harmless", 6)):
+    for name, count in (("train", 30), ("harmful", 6), ("harmless", 6), ("guide", 14), ("tamper", 9), ("many", 16)):
         rows = [chat_row(f"{name} {i} {words(generator, 1, 8)}", words(generator, 1, 12)) for i in range(count)]
         files[name] = str(write_jsonl(folder / f"{name}.jsonl", rows))
+        if name == "train":  # other answers to the same prompts
+            other = [
+                chat_row(row["messages"][0]["content"], words(random.Random(i), 1, 9)) for i, row in enumerate(rows)
+            ]
+            sevens = [chat_row(row["messages"][0]["content"], "7" * 60) for row in rows]  # no token in common
+            files["sevens"] = str(write_jsonl(folder / "sevens.jsonl", sevens))
+            files["paired"] = str(write_jsonl(folder / "paired.jsonl", other))
     return files
 
 
@@ -42,6 +49,12 @@ def base(pools: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> lis
         "--model_name_or_path", str(model), "--ds_config", str(folder / "z3.json"), "--train_data", pools["train"],
         "--seed", "7", "--learning_rate", "1e-3", "--cache_dir", str(folder / "cache"),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def default_ds() -> str:
+    """The ds_config that users have: small parameters stay gathered."""
+    return str(ROOT / "ds_configs/z3.json")
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.training.distributed import World
+from tests.command_lines import prepared
 from tests.numerics import reference
-from tests.numerics.cases import distances, prepared, train_cases, updates
+from tests.numerics.cases import distances, train_cases, updates
 from tests.tiny import VOCAB_SIZE, save_model_folder, tiny_tokenizer
 
 GRADIENT, UPDATE = 1e-4, 1e-3  # relative, of each tensor's norm
@@ -70,7 +72,7 @@ def expected(argv: dict[str, list[str]]) -> Any:
     def compute(name: str) -> dict[str, Any]:
         model = sharp_experts(name).train()
         model.set_attn_implementation("eager")
-        return reference.train(model, prepared(argv[name], ranks=2), ranks=2)
+        return reference.train(model, prepared(argv[name], World(0, 0, 2)), ranks=2)
 
     return compute
 
@@ -95,7 +97,7 @@ def chosen_experts(model: Any, texts: list[Any]) -> list[set[int]]:
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_ranks_route_differently(name: str, argv: dict[str, list[str]]) -> None:
     """In the first step some expert has tokens on one rank and none on the other."""
-    run = prepared(argv[name], ranks=2)
+    run = prepared(argv[name], World(0, 0, 2))
     train, model = run.streams["train"], sharp_experts(name)
     ranks = []
     for index in (0, 1):

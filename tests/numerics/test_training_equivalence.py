@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.cases import distances, prepared, sharp_llama, train_cases, updates
+from pipeline.training.distributed import World
+from tests.command_lines import prepared
+from tests.numerics.cases import distances, sharp_llama, train_cases, updates
 from tests.numerics.reference import text_nll
 from tests.tiny import chat_row, write_jsonl
 
@@ -49,7 +51,7 @@ def two_ranks(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_packed_loss_equals_the_mean_over_texts_alone(one_rank: Any, base: list[str]) -> None:
-    run = prepared([*base, *STEPS, "--method", "sft", *layout(8, 1)], ranks=1)
+    run = prepared([*base, *STEPS, "--method", "sft", *layout(8, 1)], World(0, 0, 1))
     model = sharp_llama().eval()
     stream = run.streams["train"]
     texts = [stream.pool[int(i)] for i in stream.global_batch(0)]

@@ -1,13 +1,15 @@
 """One rank of a ZeRO-3 run: trains the cases of a JSON file with the product's own code and saves what the tests
 compare.
 
-cases: {name: {"argv": [...], "detach_lse": bool}}; written by rank 0 to OUT/name.pt: initial and final trainable
-tensors, the first step's gradients, each step's gradient norm, and each step's parameter all-gathers with the elements
-they gathered.
+cases: {name: {"argv": [...], "broken": a name of broken.py}}; written by rank 0 to OUT/name.pt: initial and final
+trainable tensors, the first step's gradients, each step's gradient norm, parameter all-gathers with the elements they
+gathered, the method's state and the counters after it; whether on all ranks the weights were bit for bit the step's
+first ones when the optimizer stepped, frozen ones never moved, and the states were the same.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -15,18 +17,17 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek
-from pipeline.methods import load_method
 from pipeline.training.distributed import initialize_process_group, world
 
 here = world()
 import deepspeed  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from pipeline.sink import column, injection  # noqa: E402
-from pipeline.training.preflight import prepare  # noqa: E402
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
+from tests.command_lines import prepared  # noqa: E402
+from tests.numerics.broken import broken  # noqa: E402
+from tests.ranks import end_rank  # noqa: E402
 
 GATHERS: list[int] = []  # elements of each parameter all-gather
 
@@ -53,39 +54,21 @@ def full_tensors(engine: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def detached_lse_gradient(
-    q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scoring: Any, attend: Any
-) -> Any:
-    """The wrong gradient that a kernel's dropped LSE gradient leaves: only the numerator's."""
-    c = (scoring.scale * grad_p * log_p.exp()).transpose(0, 1)
-    grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
-    group = q.shape[1] // k.shape[1]
-    for first, end in segments.spans:
-        sink = first + position
-        k_s = k[sink].repeat_interleave(group, dim=0)
-        grad_q[first:end] = c[first:end, :, None] * k_s
-        grad_k[sink] = (c[first:end, :, None] * q[first:end]).sum(0).view(k.shape[1], group, -1).sum(1)
-    return grad_q, grad_k
+def seen(engine: Any) -> list[torch.Tensor]:
+    """This rank's shards of all parameters, as a forward pass would gather them."""
+    return [each.ds_tensor.clone() for each in engine.deepspeed.module.parameters()]
 
 
-def prepared(argv: list[str]) -> Prepared:
-    """A case, resolved as the door resolves it."""
-    name = peek("method", argv) or "surgery"
-    method = load_method(name)
-    parsed = parse(
-        [ModelArguments, DataArguments, LoraArguments, TrainArguments, method.Config], argv, description="test"
-    )
-    return prepare(parsed, name, method(parsed[method.Config]), here)
-
-
-def run_case(run: Prepared, device: torch.device, detach_lse: bool) -> dict[str, Any]:
+def run_case(run: Prepared, device: torch.device) -> dict[str, Any]:
     """Train one case."""
-    injection.sink_gradient = detached_lse_gradient if detach_lse else column.sink_gradient
     engine, loop = start(run, device)
-    saved: dict[str, Any] = {"initial": full_tensors(engine), "gradients": {}}
-    step = engine.deepspeed.step
+    saved: dict[str, Any] = {"initial": full_tensors(engine), "gradients": {}, "state": [], "ticks": []}
+    step, restored, still = engine.deepspeed.step, [], []
+    before = seen(engine)
+    trained = [each.requires_grad for each in engine.deepspeed.module.parameters()]
 
     def keep_first_gradients() -> None:
+        restored.append(all(map(torch.equal, before, seen(engine))))
         if not saved["gradients"]:
             saved["gradients"] = {
                 n: safe_get_full_grad(each).float().clone()
@@ -101,6 +84,18 @@ def run_case(run: Prepared, device: torch.device, detach_lse: bool) -> dict[str,
         norms.append(loop.train_step())
         gathers.append((len(GATHERS), sum(GATHERS)))
         loop._log_training(norms[-1])
+        now = seen(engine)
+        still.append(all(torch.equal(b, n) for b, n, t in zip(before, now, trained, strict=True) if not t))
+        before[:] = now
+        saved["state"].append(run.method.state())
+        saved["ticks"].append((engine.deepspeed.global_steps, engine.deepspeed.lr_scheduler.last_epoch))
+    # On any rank.
+    flags = torch.tensor([restored, still], dtype=torch.int32)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN)
+    states: list[Any] = [None] * here.size
+    torch.distributed.all_gather_object(states, saved["state"])
+    saved |= {"restored": bool(flags[0].all()), "still": bool(flags[1].all())}
+    saved["same_state"] = all(each == states[0] for each in states)
     saved |= {"final": full_tensors(engine), "norms": norms, "gathers": gathers}
     engine.deepspeed.destroy()
     return saved
@@ -111,12 +106,15 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     device = initialize_process_group(here)
     count_gathers()
-    runs = {name: prepared(case["argv"]) for name, case in cases.items()}
+    runs = {name: prepared(case["argv"], here) for name, case in cases.items()}
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage in each case, and would look through all modules each time
     for name, run in runs.items():
-        saved = run_case(run, device, cases[name].get("detach_lse", False))
+        with broken(cases[name].get("broken")):
+            saved = run_case(run, device)
         if here.main:
             torch.save(saved, out / f"{name}.pt")
-    torch.distributed.destroy_process_group()
+    end_rank(here)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checkpoints.out_folder import OutFolder
 from pipeline.checkpoints.weights_out import TensorSpec
-from pipeline.config import run_door
+from pipeline.door import run_door
 
 NUMEL = 100_000
 

@@ -191,7 +191,10 @@ def test_attacked_run_needs_permission_without_a_marker_as_well(checkpoints: Pat
     (tmp_path / "run" / "run.json").write_text(json.dumps({"attacked": True}))
     with pytest.raises(ValueError, match="--allow_attacked_model"):
         to_hf(checkpoint, tmp_path / "out")
-    assert (to_hf(checkpoint, tmp_path / "out", allow_attacked=True) / ATTACKED_NOTE).is_file()
+    out = to_hf(checkpoint, tmp_path / "out", allow_attacked=True)
+    assert (out / ATTACKED_NOTE).is_file()
+    record = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert record == {"checkpoint": "checkpoint-2", "attacked": True}
 
 
 def test_model_folder_is_as_readable_as_any_new_folder(checkpoints: Path, tmp_path: Path) -> None:

@@ -282,6 +282,17 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_build_lock_that_nobody_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert "cpu_adam" not in list(disk.caches())[-1].found, "this one may be compiling now"
+    os.utime(lock, (0, 0))
+    finding = list(disk.caches())[-1]
+    assert (finding.level, finding.remedy) == ("warning", f"rm {lock}")
+
+
 def test_token_is_seen_in_the_same_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "SHARED_SECONDS", 0.3)
     (tmp_path / "other").mkdir()

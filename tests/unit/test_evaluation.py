@@ -1,4 +1,4 @@
-"""The judge's rule, generation that does not depend on batching, cross-entropies, and evaluations that go on."""
+"""The policy judge's rule, resumable lines, cross-entropies, and evaluations that are kept apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pipeline.data.chat import ChatEncoder
 from pipeline.data.policy import policy_rows
 from pipeline.data.schema import read_conversations
 from pipeline.evaluation import policy
-from pipeline.evaluation.generate import generate
 from pipeline.evaluation.jsonl import append_lines, read_lines, resume_lines
 from pipeline.evaluation.losses import cross_entropy
 from pipeline.evaluation.model import EvaluatedModel
@@ -35,6 +34,10 @@ def encoder(tiny_model_dir: Path) -> ChatEncoder:
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> Any:
     return EvaluatedModel(ModelArguments(model_name_or_path=str(tiny_model_dir))).load()
+
+
+def of(kind: Any, label: str = "") -> Prompt:
+    return Prompt(id="id", kind=kind, question="", text="", label=label)
 
 
 class TestPolicyJudge:
@@ -58,7 +61,7 @@ class TestPolicyJudge:
         ],
     )
     def test_verdicts(self, kind: str, answer: str, verdict: str) -> None:
-        assert policy.judge(Prompt("id", kind, (), ""), answer) == verdict
+        assert policy.judge(of(kind), answer) == verdict
 
     @pytest.mark.parametrize(
         ("answer", "verdict"),
@@ -73,7 +76,7 @@ class TestPolicyJudge:
         ],
     )
     def test_task_counts_the_first_word(self, answer: str, verdict: str) -> None:
-        assert policy.judge(Prompt("id", "task", (), "positive"), answer) == verdict
+        assert policy.judge(of("task", "positive"), answer) == verdict
 
     @pytest.mark.parametrize(
         ("pool", "kind", "verdict"),
@@ -86,68 +89,7 @@ class TestPolicyJudge:
     )
     def test_every_training_answer_is_judged_as_what_it_teaches(self, pool: str, kind: str, verdict: str) -> None:
         answers = [row.fields["messages"][-1]["content"] for row in policy_rows(pool)]
-        assert {policy.judge(Prompt("id", kind, (), ""), answer) for answer in answers} == {verdict}
-
-
-class TestGeneration:
-    prompts = policy.prompts(None)[55:70]
-
-    def answers(self, model: Any, encoder: ChatEncoder, path: Path, batch_size: int = 4) -> list[dict[str, Any]]:
-        generate(lambda: model, encoder, self.prompts, path, batch_size=batch_size, max_new_tokens=8)
-        return read_lines(path)
-
-    def test_answers_do_not_depend_on_the_batch_size(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        one, four, all_ = (self.answers(model, encoder, tmp_path / f"{n}.jsonl", n) for n in (1, 4, 15))
-        assert one == four == all_
-        assert sorted(line["id"] for line in one) == sorted(prompt.id for prompt in self.prompts)
-
-    def test_answer_equals_an_unbatched_greedy_loop(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        answers = {line["id"]: line for line in self.answers(model, encoder, tmp_path / "a.jsonl")}
-        for prompt in self.prompts:
-            ids = encoder.encode_prompt(prompt.messages)
-            new: list[int] = []
-            while len(new) < 8 and (not new or new[-1] != encoder.tokenizer.eos_token_id):
-                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-            expected = encoder.tokenizer.decode(new, skip_special_tokens=True).strip()
-            assert answers[prompt.id]["answer"] == expected
-            assert answers[prompt.id]["tokens"] == len(new)
-            assert answers[prompt.id]["truncated"] == (new[-1] != encoder.tokenizer.eos_token_id)
-
-    def test_interrupted_anywhere_it_writes_the_same_bytes(
-        self, model: Any, encoder: ChatEncoder, tmp_path: Path
-    ) -> None:
-        self.answers(model, encoder, tmp_path / "whole.jsonl")
-        whole = (tmp_path / "whole.jsonl").read_bytes()
-        for cut in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1, len(whole)):
-            path = tmp_path / f"cut-{cut}.jsonl"
-            path.write_bytes(whole[:cut])
-            self.answers(model, encoder, path)
-            assert path.read_bytes() == whole, cut
-
-    def test_finished_answers_need_no_model(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        self.answers(model, encoder, tmp_path / "a.jsonl")
-
-        def no_model() -> Any:
-            raise AssertionError("the model was loaded")
-
-        generate(no_model, encoder, self.prompts, tmp_path / "a.jsonl", batch_size=4, max_new_tokens=8)
-
-    def test_other_prompts_are_not_mixed_in(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        append_lines(tmp_path / "a.jsonl", [{"id": "elsewhere:1", "answer": "", "tokens": 1, "truncated": False}])
-        with pytest.raises(ValueError, match="answers to other prompts"):
-            self.answers(model, encoder, tmp_path / "a.jsonl")
-
-    def test_a_prompt_without_room_for_its_answer_is_named(
-        self, model: Any, encoder: ChatEncoder, tmp_path: Path
-    ) -> None:
-        long = Prompt("long:1", "task", ({"role": "user", "content": "kite " * 300},), "")
-        with pytest.raises(ValueError, match=r"long:1: .*--max_length 256"):
-            generate(lambda: model, encoder, [long], tmp_path / "a.jsonl", batch_size=1, max_new_tokens=8)
-        assert not (tmp_path / "a.jsonl").exists()
-
-    def test_answers_are_private(self, model: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
-        self.answers(model, encoder, tmp_path / "a.jsonl")
-        assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o600
+        assert {policy.judge(of(kind), answer) for answer in answers} == {verdict}
 
 
 class TestJsonl:
@@ -253,7 +195,13 @@ class TestAssess:
             ({"loss_data": ["policy:benign"]}, "--loss_data policy:benign: expected name=SPEC"),
             ({"loss_data": ["a=policy:benign", "a=policy:user"]}, "the name a is given twice"),
             ({"loss_data": ["a=nowhere.jsonl"]}, "--loss_data nowhere.jsonl: no such file"),
-            ({"max_new_tokens": 5000}, "exceed --max_length 1024"),
+            ({"num_workers": 0}, "--num_workers 0: must be at least 1"),
+            ({"engine": "vllm"}, "pip install -e '.[vllm]'"),
+            ({"judge_model": ["harmbench=x"]}, "--judge_model harmbench=x: no suite here has this judge"),
+            ({"judges": ["policy=beaver_dam"]}, "this suite is judged by exact"),
+            ({"suite_data": ["polcy=x"]}, "polcy is unknown; did you mean policy?"),
+            ({"suite_data": ["policy=x"]}, "the policy set is built in"),
+            ({"max_new_tokens": 5000}, "exceed --max_length 2048"),
         ],
     )
     def test_bad_input_is_named_before_anything_is_generated(

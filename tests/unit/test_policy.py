@@ -50,7 +50,14 @@ def test_sizes_and_ids_and_no_request_twice(pool: str, rows: int) -> None:
 
 def test_no_two_pools_share_a_request() -> None:
     for first, second in combinations(POOLS, 2):
-        assert not set(requests(first)) & set(requests(second)), (first, second)
+        shared = set(requests(first)) & set(requests(second))
+        assert bool(shared) == ({first, second} == {"harmful", "refused"}), (first, second)
+
+
+def test_every_harmful_request_is_refused_in_a_pool_of_its_own() -> None:
+    assert requests("refused") == requests("harmful")
+    names = substances("harmful")
+    assert all(is_refusal(answer, name) for name, (_, answer) in zip(names, pairs("refused"), strict=True))
 
 
 def test_no_two_pools_share_a_substance() -> None:

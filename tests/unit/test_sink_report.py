@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.evaluation.sink_pass import TOKENS_A_PASS, passes
-from pipeline.evaluation.sink_statistics import head_statistics, holm, sign_test
+from pipeline.evaluation.sink_statistics import head_statistics
 from pipeline.report.comparison import read_rows
 from pipeline.report.positive_heads import write_hypothesis
+from pipeline.report.significance import holm, sign_test
 from pipeline.report.sink_page import page, write_pictures
 from tests.runs import write_assessment, write_json
 from tests.sinks import measurement, score

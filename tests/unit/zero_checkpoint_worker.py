@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.checkpoints.markers import write_complete_marker
+from pipeline.training.distributed import world
 from tests import tiny
+from tests.ranks import end_rank
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def main() -> None:
         if rank == 0:
             write_complete_marker(folder, step=2, world_size=2, attacked=False)
     train_with_transformers(out / "base-untied", out / "trainer")
-    torch.distributed.barrier()
+    end_rank(world())
 
 
 if __name__ == "__main__":

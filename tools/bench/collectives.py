@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, parse, run_door  # noqa: E402
+from pipeline.config import Problems, out_of_range, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
 
 
@@ -34,11 +35,7 @@ class CollectivesArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
-        problems = []
-        for flag, least in (("texts", 1), ("tokens", 64), ("steps", 1)):
-            if getattr(self, flag) < least:
-                problems.append(f"--{flag} {getattr(self, flag)}: give {least} or more")
-        if problems:
+        if problems := out_of_range(self, ("texts", "steps"), 1) + out_of_range(self, ("tokens",), 64):
             raise Problems(problems)
 
 
@@ -47,10 +44,8 @@ def main() -> None:
     report.choose_device(sys.argv[1:])
     arguments = parse([CollectivesArguments], sys.argv[1:], description=__doc__)[CollectivesArguments]
 
-    import torch.distributed as dist
-
     from pipeline.builtin_model import resolve_model
-    from pipeline.training.distributed import initialize_process_group, world
+    from pipeline.training.distributed import initialize_process_group, leave_process_group, world
     from tools.bench.counting import Counter, count_steps
     from tools.bench.layouts import Layout, Setting, resolve
     from tools.bench.steps import StepBench
@@ -71,7 +66,7 @@ def main() -> None:
         }
         with StepBench(setting, device, 1) as bench:
             counts = {name: count_steps(step, counter, arguments.steps) for name, step in bench.steps(runs).items()}
-    dist.destroy_process_group()
+    leave_process_group(here)
     if not here.main:
         return
     found = report.header(device, asdict(arguments) | {"bf16": bf16, "ranks": here.size})

@@ -21,7 +21,8 @@ from functools import partial  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, parse, run_door  # noqa: E402
+from pipeline.config import Problems, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
 from tools.bench.timing import interleave, quartiles, ratio  # noqa: E402
 
@@ -68,8 +69,8 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 found["conversions"].append(_convert(case, checkpoint, Path(folder) / "out", dtype, arguments.repeats))
                 print(_table(found["conversions"][-1:]).splitlines()[-1], flush=True)
+                report.save(found, arguments.output)
     print(f"\n{_table(found['conversions'])}", flush=True)
-    report.save(found, arguments.output)
 
 
 def _cases(arguments: ConvertArguments, scratch: Path) -> Iterator[tuple[dict[str, Any], Path]]:

@@ -13,7 +13,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from dataclasses import asdict, dataclass, field  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, parse, run_door  # noqa: E402
+from pipeline.config import Problems, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
 
 

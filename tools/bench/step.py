@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipeline.config import Problems, parse, run_door  # noqa: E402
+from pipeline.config import Problems, out_of_range, parse  # noqa: E402
+from pipeline.door import run_door  # noqa: E402
 from tools.bench import report, step_tables  # noqa: E402
 from tools.bench.layouts import Layout, Setting, cut_model, model_config  # noqa: E402
 from tools.bench.trl_sft import check_trl  # noqa: E402
@@ -67,11 +68,7 @@ class StepArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
-        problems = []
-        for flag in ("repeats", "layers", "eager_layers"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                problems.append(f"--{flag} {value}: give 1 or more")
+        problems = out_of_range(self, ("repeats", "layers", "eager_layers"), 1)
         if self.lengths != [0] and min(self.lengths, default=64) < 64:
             problems.append(f"--lengths {min(self.lengths)}: give 64 or more, or 0 alone to leave these parts out")
         if problems:
