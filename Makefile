@@ -67,7 +67,7 @@ test: setup  ## run every test (under 15 minutes on two cores)
 test-slurm: setup  ## the templates on a little Slurm cluster of this machine's own (Debian or Ubuntu, as root)
 	@for each in munged slurmctld slurmd sbatch shellcheck; do PATH=$$PATH:/usr/sbin type -P $$each || exit 1; done >/dev/null || { \
 	  apt-get update -q && apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client munge shellcheck; } >/dev/null
-	@$(VENV_PYTHON) -m pytest tests/slurm
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile tests/slurm
 
 lint: setup  ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check

@@ -38,8 +38,10 @@ def listen() -> None:
     def hear(number: int, frame: FrameType | None) -> None:
         _heard.append(signal.Signals(number).name)
         if _nothing_to_save:
-            if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0":
-                ask_for_requeue(STOPPED, f"{_heard[-1]} before training began")
+            # Of the ranks' exit codes srun takes the highest, which must stay another rank's failure.
+            if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0":
+                os._exit(0)
+            ask_for_requeue(STOPPED, f"{_heard[-1]} before training began")
             os._exit(STOPPED)
 
     for each in SIGNALS:

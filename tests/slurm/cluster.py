@@ -2,9 +2,9 @@
 
     python -m tests.slurm.cluster FOLDER     # starts it, prints how to use it, stops it at Ctrl-C
 
-Nodes n1 and n2 are this machine twice, each with two CPUs. Partition `low` (the default) is preempted by `high`, which
-requeues what it preempts, and by `cancelling`, which ends it. `big` has 64 nodes of 8 GPUs that are never started:
-templates are offered to it with `sbatch --test-only`.
+Nodes n1 to n4 are this machine four times, each with two CPUs. On n1 and n2, partition `high` requeues what it
+preempts in `low` (the default) and in `nograce`; `aside` has n3 and n4. `big` has 64 nodes of 8 GPUs that are never
+started: templates are offered to it with `sbatch --test-only`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-NODES = ("n1", "n2")
-START_SECONDS = 60.0
-KILL_WAIT = 10  # seconds between SIGTERM and SIGKILL; Slurm's default is 30
-GRACE = 20  # seconds that a preempted job of `low` has
+NODES = ("n1", "n2", "n3", "n4")
+START_SECONDS = 120.0
+KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL, as is Slurm's default
+GRACE = 60  # seconds that a preempted job of `low` has
 
 CONF = """
 ClusterName=little
@@ -55,6 +57,7 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait={kill_wait}
+FirstJobId={first_job}
 OverTimeLimit=0
 MinJobAge=600
 SlurmdTimeout=300
@@ -63,10 +66,10 @@ ResumeProgram=/bin/true
 SuspendTime=-1
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2 RealMemory=1000 State=UNKNOWN
 NodeName=big[01-64] CPUs=64 RealMemory=1000000 Gres=gpu:8 State=CLOUD
-PartitionName=low Nodes={nodes} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace}
-PartitionName=nograce Nodes={nodes} MaxTime=INFINITE PriorityTier=1 GraceTime=0
-PartitionName=cancelled Nodes={nodes} MaxTime=INFINITE PriorityTier=1 GraceTime={grace} PreemptMode=CANCEL
-PartitionName=high Nodes={nodes} MaxTime=INFINITE PriorityTier=10
+PartitionName=low Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace}
+PartitionName=nograce Nodes=n[1-2] MaxTime=INFINITE PriorityTier=1 GraceTime=0
+PartitionName=high Nodes=n[1-2] MaxTime=INFINITE PriorityTier=10
+PartitionName=aside Nodes=n[3-4] MaxTime=INFINITE PriorityTier=1
 PartitionName=big Nodes=big[01-64] MaxTime=INFINITE
 """
 
@@ -100,18 +103,21 @@ class Cluster:
             f"--key-file={self.folder}/munge.key", f"--pid-file={self.folder}/munged.pid",
             f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed",
         )  # fmt: skip
-        controller, *ports = _free_ports(3)
+        controller, *ports = _free_ports(1 + len(NODES))
         (self.folder / "slurm.conf").write_text(
             CONF.format(
                 host=socket.gethostname(), folder=self.folder, controller=controller, nodes=",".join(NODES),
                 ports=",".join(map(str, ports)), kill_wait=KILL_WAIT, grace=GRACE,
+                # The ranks' port comes from the job id: two clusters on this machine must not have the same ids.
+                first_job=1 + os.getpid() % 95 * 200,
             )
         )  # fmt: skip
         self._start("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
         deadline = time.monotonic() + START_SECONDS
-        while self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %t").stdout.split() != ["n1", "idle", "n2", "idle"]:
+        idle = [word for node in NODES for word in (node, "idle")]
+        while self.run("sinfo", "-h", "-N", "-p", "low,aside", "-o", "%N %t").stdout.split() != idle:
             if time.monotonic() > deadline:
                 logs = [f"{path}:\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log"))]
                 raise RuntimeError("the little cluster does not start\n" + "\n".join(logs))
@@ -129,7 +135,9 @@ class Cluster:
         """Cancel all jobs, end all daemons."""
         if "slurmctld" in self._daemons:
             self.run("scancel", "--user=root")
-            self.drain()
+            deadline = time.monotonic() + 4 * KILL_WAIT
+            while self.run("squeue", "-h").stdout.strip() and time.monotonic() < deadline:  # jobs that end count, too
+                time.sleep(0.2)
         for daemon in reversed(self._daemons.values()):
             daemon.send_signal(signal.SIGTERM)
             try:
@@ -139,18 +147,14 @@ class Cluster:
                 daemon.wait()
         self._daemons.clear()
 
-    def drain(self) -> None:
-        """Wait until no job is left, not even one that ends."""
-        deadline = time.monotonic() + 4 * KILL_WAIT
-        while self.run("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
-            time.sleep(0.2)
-
-    def run(self, *words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-        """One of Slurm's commands, or any other with Slurm's environment."""
+    def run(
+        self, *words: str | Path, variables: Mapping[str, str] = MappingProxyType({}), cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        """One of Slurm's commands, or any other with Slurm's environment and these variables."""
         return subprocess.run(
-            [str(word) for word in words], env=self.environment, text=True, capture_output=True, timeout=120,
-            check=False, **options,
-        )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+            [str(word) for word in words], env=self.environment | variables, cwd=cwd, text=True, capture_output=True,
+            timeout=300, check=False,
+        )  # fmt: skip
 
     def _start(self, *words: str, name: str = "") -> None:
         name = name or words[0]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.slurm import cluster as little
-from tests.slurm.jobs import ROOT, Submitter
+from tests.slurm.jobs import Submitter, submitting
 from tests.tiny import chat_row, write_jsonl
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[little.Cluster
 
 @pytest.fixture(scope="session")
 def recipe(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Surgery on the tiny model, 40 steps, with dropout so that the generators count as well."""
+    """Surgery on the tiny model, a checkpoint every 10 steps."""
     folder = tmp_path_factory.mktemp("recipe")
     pools = {
         f"{name}_data": str(
@@ -58,16 +58,19 @@ def recipe(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a site sets: this Python, no preflight (it has a test of its own)."""
+    """What a site sets: this Python, no preflight (it has tests of its own)."""
+    folder = tmp_path_factory.mktemp("site")
+    faulty = folder / "python"
+    faulty.write_text(f'#!/bin/bash\nexec {sys.executable} {HERE}/faulty.py "$@"\n')
+    faulty.chmod(0o755)
     return {
-        "PYTHON": sys.executable, "SCRATCH": str(tmp_path_factory.mktemp("scratch")), "DOCTOR_SECONDS": "0",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable, "FAULTY_PYTHON": str(faulty), "SCRATCH": str(folder), "DOCTOR_SECONDS": "0",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(little.ROOT),
     }  # fmt: skip
 
 
 @pytest.fixture
 def submit(cluster: little.Cluster, site: dict[str, str], tmp_path: Path) -> Iterator[Submitter]:
     """Submits jobs below the test's folder; what is left of them ends with the test."""
-    yield Submitter(cluster, tmp_path, site)
-    cluster.run("scancel", "--user=root")
-    cluster.drain()
+    with submitting(cluster, tmp_path, site) as submit:
+        yield submit

@@ -1,6 +1,8 @@
-"""Stands in for `python` in a job's tasks, and makes one rank of pipeline/train.py do wrong in the middle of training.
+"""Stands in for `python` in a job's tasks, and makes a rank of pipeline/train.py do wrong, or all of them slow.
 
-FAULT is `skip:RANK:STEP` (that rank leaves out a forward and backward pass) or `sleep:RANK:STEP` (it stands still).
+FAULTS has a word for each start of the job, none for those after: `skip:RANK:STEP` (that rank leaves out a forward and
+backward pass), `sleep:RANK:STEP` (it stands still) or `slow:SECONDS` (every step of every rank takes so much longer,
+so that a test has the time to disturb it).
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def inject(kind: str, rank: int, step: int) -> None:
-    """Change what a method does in one step of one rank, in the first start of the job alone."""
+def inject(kind: str, *numbers: str) -> None:
+    """Change what Surgery does in a step."""
     from pipeline.methods.surgery import Surgery
 
     right = Surgery.step
 
     def wrong(method: Any, ctx: Any) -> None:
-        if ctx.step != step or os.environ["RANK"] != str(rank) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-            right(method, ctx)
-        elif kind == "sleep":
-            time.sleep(3600)
+        if kind == "slow":
+            time.sleep(float(numbers[0]))
+        elif numbers == (os.environ["RANK"], str(ctx.step)):
+            if kind == "sleep":
+                time.sleep(3600)
+            return
+        right(method, ctx)
 
     Surgery.step = wrong  # type: ignore[method-assign]
 
@@ -33,10 +38,13 @@ def inject(kind: str, rank: int, step: int) -> None:
 def main() -> None:
     """Run the script that was asked for."""
     del sys.argv[0]
-    if sys.argv[0] == "pipeline/train.py":
+    faults, start = os.environ["FAULTS"].split(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if sys.argv[0] == "pipeline/train.py" and start < len(faults):
         sys.path.insert(0, str(ROOT))
-        kind, rank, step = os.environ["FAULT"].split(":")
-        inject(kind, int(rank), int(step))
+        from pipeline.training import signals
+
+        signals.listen()  # as train.py does first, for the imports of a fault take seconds too
+        inject(*faults[start].split(":"))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

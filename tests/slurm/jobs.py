@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tests.slurm.cluster import Cluster
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds for anything that should happen
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -50,10 +52,14 @@ class Job:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait(self) -> str:
+    def wait(self, seconds: float = PATIENCE) -> str:
         """Until it has ended; its last state."""
-        until(lambda: self.state() in ENDED, f"the end of job {self.id}:\n{self.text()[-3000:]}")
+        until(lambda: self.state() in ENDED, f"the end of job {self.id}:\n{self.text()[-3000:]}", seconds)
         return self.state()
+
+    def ended(self) -> float:
+        """When, in Unix time."""
+        return datetime.fromisoformat(self.field("EndTime")).timestamp()
 
     def exit_code(self) -> int:
         return int(self.field("ExitCode").partition(":")[0])
@@ -69,12 +75,11 @@ class Job:
 
         until(reached, f"step {step} of job {self.id}:\n{self.text()[-3000:]}")
 
-    def cancel(self) -> None:
-        self.cluster.run("scancel", self.id)
-        self.wait()
+
+Curve = list[tuple[int, float, float]]  # step, loss, gradient norm
 
 
-def losses(metrics: Sequence[dict[str, Any]]) -> list[tuple[int, float, float]]:
+def losses(metrics: Sequence[dict[str, Any]]) -> Curve:
     """The curve that two runs are compared by."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics if "loss" in line]
 
@@ -86,28 +91,35 @@ class Submitter:
     cluster: Cluster
     folder: Path
     variables: dict[str, str]
+    ids: list[str] = field(default_factory=list)
 
     def __call__(
-        self, name: str, *words: str | Path, options: Sequence[str] = ("-N2",), script: str = "surgery_70b",
-        **variables: str,
-    ) -> Job:  # fmt: skip
-        """sbatch OPTIONS slurm/SCRIPT.sh WORDS, on CPUs."""
-        done = self.sbatch(name, *words, options=options, script=script, **variables)
+        self, name: str, *words: str | Path, options: Sequence[str] = ("-N2",), faults: str = "", **variables: str
+    ) -> Job:
+        """sbatch OPTIONS slurm/surgery_70b.sh WORDS, on CPUs; a second job of this name goes on with the first's run.
+        faults: see faulty.py."""
+        if faults:
+            variables |= {"PYTHON": self.variables["FAULTY_PYTHON"], "FAULTS": faults}
+        done = self.sbatch(name, *words, options=options, **variables)
         assert done.returncode == 0, done.stderr
-        return Job(self.cluster, done.stdout.strip(), self.folder / name, self.folder / f"{name}.log")
+        self.ids.append(done.stdout.strip())
+        return Job(self.cluster, self.ids[-1], self.folder / name, self.folder / f"{name}-{self.ids[-1]}.log")
 
     def sbatch(
-        self, name: str, *words: str | Path, options: Sequence[str] = ("-N2",), script: str = "surgery_70b",
-        **variables: str,
-    ) -> Any:  # fmt: skip
+        self, name: str, *words: str | Path, options: Sequence[str] = ("-N2",), **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """The finished sbatch command."""
-        before = self.cluster.environment
-        try:
-            self.cluster.environment = before | self.variables | variables
-            return self.cluster.run(
-                "sbatch", "--parsable", "--gpus-per-node=0", f"--job-name={name}",
-                f"--output={self.folder / name}.log", *options, f"slurm/{script}.sh", "--output_dir",
-                self.folder / name, *words, cwd=ROOT,
-            )  # fmt: skip
-        finally:
-            self.cluster.environment = before
+        return self.cluster.run(
+            "sbatch", "--parsable", "--gpus-per-node=0", f"--job-name={name}", f"--output={self.folder / name}-%j.log",
+            *options, "slurm/surgery_70b.sh", "--output_dir", self.folder / name, *words,
+            variables=self.variables | variables,
+        )  # fmt: skip
+
+
+@contextmanager
+def submitting(cluster: Cluster, folder: Path, site: dict[str, str]) -> Iterator[Submitter]:
+    """A Submitter; what is left of its jobs ends with the block."""
+    submit = Submitter(cluster, folder, site)
+    yield submit
+    if submit.ids:
+        cluster.run("scancel", *submit.ids)

@@ -1,4 +1,5 @@
-"""A chain as jobs: align, fine-tune on two nodes, convert, assess; the same results as the runner on one machine."""
+"""A chain as jobs: align, convert, fine-tune on two nodes, convert, assess; the same results as two ranks that
+deepspeed starts on one machine."""
 
 from __future__ import annotations
 
@@ -10,19 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ROOT, losses, until
+from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.jobs import PATIENCE, losses, until
 
-Chain = subprocess.CompletedProcess[str]
+NAMES = ["align", "aligned", "tuned", "model", "judged"]
+ON_TWO_NODES = "-N2 --gpus-per-node=0"
 
 
-def chain(cluster: Cluster, site: dict[str, str], recipe: Path, *words: str | Path) -> Chain:
-    return subprocess.run(
-        [sys.executable, "tools/chain.py", recipe, *words], cwd=ROOT, env=cluster.environment | site, text=True,
-        capture_output=True, timeout=300, check=False,
-    )  # fmt: skip
+def submit(
+    cluster: Cluster, site: dict[str, str], recipe: Path, resources: str = ON_TWO_NODES
+) -> subprocess.CompletedProcess[str]:
+    """tools/chain.py RECIPE --slurm RESOURCES"""
+    return cluster.run(sys.executable, "tools/chain.py", recipe, "--slurm", resources, variables=site)
+
+
+def finish(cluster: Cluster, text: str) -> None:
+    """Wait until no job of a chain is left."""
+    ids = [line.split("job ")[1].partition(" ")[0].rstrip(",") for line in text.splitlines()]
+    until(
+        lambda: not cluster.run("squeue", "-h", "-j", ",".join(ids)).stdout.strip(), f"the end of {ids}", 2 * PATIENCE
+    )
 
 
 @pytest.fixture
@@ -36,7 +48,7 @@ def stages(recipe: Path, tmp_path: Path) -> Path:
     content = {
         "name": "little", "output_dir": str(tmp_path / "out"),
         "stages": [
-            {"name": "align", "run": "train", "ranks": 2, "with": align},
+            {"name": "align", "run": "train", "with": align},
             {"name": "aligned", "run": "convert", "with": {"checkpoint": "{align}", "dtype": "fp32"}},
             {"name": "tuned", "run": "train", "ranks": 2, "with": tuned},
             {"name": "model", "run": "convert", "with": {"checkpoint": "{tuned}", "dtype": "fp32"}},
@@ -48,35 +60,46 @@ def stages(recipe: Path, tmp_path: Path) -> Path:
     return path
 
 
-def results(folder: Path) -> tuple[list[tuple[int, float, float]], Any]:
+def results(folder: Path) -> tuple[Any, Any]:
+    """The fine-tuning's curve, and what the judges say."""
     metrics = [json.loads(line) for line in (folder / "tuned/metrics.jsonl").read_text().splitlines()]
     return losses(metrics), json.loads((folder / "judged/results.json").read_text())["suites"]
 
 
-def test_a_chain_of_jobs_equals_the_runner_on_one_machine(
+def test_a_chain_of_jobs_equals_ranks_that_deepspeed_starts(
     cluster: Cluster, site: dict[str, str], stages: Path, tmp_path: Path
 ) -> None:
-    said = chain(cluster, site, stages, "--slurm", "-N2 --gpus-per-node=0")
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    with (tmp_path / "alone.log").open("wb") as log:
+        words = [sys.executable, "tools/chain.py", stages, "--output_dir", alone]
+        runner = subprocess.Popen(words, cwd=ROOT, env=os.environ | site, stdout=log, stderr=log)
+    said = submit(cluster, site | {"DOCTOR_SECONDS": "200"}, stages)
     assert said.returncode == 0, said.stderr
-    assert len(said.stdout.splitlines()) == 5
+    assert [line.partition(":")[0] for line in said.stdout.splitlines()] == NAMES
     align = said.stdout.split("job ")[1].split(",")[0]
-    assert f"aligned: job {int(align) + 1} after {align}, log in {tmp_path}/out/logs/aligned.log" in said.stdout
-    until(lambda: not cluster.run("squeue", "-h").stdout.strip(), "the end of all jobs", 400)
-    finished = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out/.chain").glob("*.json")}
-    assert all(record["finished"] for record in finished.values()), (tmp_path / "out/logs/tuned.log").read_text()
-    assert len(finished) == 5
-    assert json.loads((tmp_path / "out/tuned/run.json").read_text())["slurm"]["SLURM_JOB_NUM_NODES"] == "2"
+    assert f"aligned: job {int(align) + 1} after {align}, log in {out}/logs/aligned.log" in said.stdout
+    finish(cluster, said.stdout)
+    records = {path.stem: json.loads(path.read_text()) for path in (out / ".chain").glob("*.json")}
+    text = (out / "logs/tuned.log").read_text()
+    assert sorted(records) == sorted(NAMES), text
+    assert all(record["finished"] for record in records.values()), text
+    again = submit(cluster, site, stages)  # nothing is left to do
+    assert again.stdout.splitlines() == [f"{name}: finished before" for name in NAMES], again.stderr
 
-    again = chain(cluster, site, stages, "--slurm", "-N2 --gpus-per-node=0")  # nothing is left to do
-    assert again.stdout.splitlines() == [f"{name}: finished before" for name in finished_order()]
+    assert "2 ranks on 2 nodes are here" in text  # the preflight
+    assert "step 6/6  loss" in text  # what tail -f shows
+    run = json.loads((out / "tuned/run.json").read_text())
+    assert run["world_size"] == 2
+    assert run["slurm"]["SLURM_JOB_NODELIST"] == "n[1-2]"
+    command = "sbatch --job-name=out-tuned --partition=low --nodes=2 --gpus-per-node=0"
+    assert run["slurm"]["resume"].startswith(f"cd {ROOT} && {command}")
+    assert run["slurm"]["resume"].endswith(f"/slurm/stage.sh {stages} {out} tuned")
 
-    alone = chain(cluster, site | {"PATH": os.environ["PATH"]}, stages, "--output_dir", tmp_path / "alone")
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    assert results(tmp_path / "out") == results(tmp_path / "alone")
-
-
-def finished_order() -> list[str]:
-    return ["align", "aligned", "tuned", "model", "judged"]
+    assert runner.wait(2 * PATIENCE) == 0, (tmp_path / "alone.log").read_text()
+    assert results(out) == results(alone)
+    weights, others = (load_file(folder / "model/model.safetensors") for folder in (out, alone))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def test_a_stage_that_fails_takes_those_behind_it_away(
@@ -85,15 +108,15 @@ def test_a_stage_that_fails_takes_those_behind_it_away(
     content = yaml.safe_load(stages.read_text())
     content["stages"][0]["with"]["train_data"] = str(tmp_path / "none.jsonl")
     stages.write_text(yaml.safe_dump(content))
-    said = chain(cluster, site, stages, "--slurm", "-N2 --gpus-per-node=0")
+    said = submit(cluster, site, stages)
     assert said.returncode == 0, said.stderr
-    until(lambda: not cluster.run("squeue", "-h").stdout.strip(), "the end of all jobs")
+    finish(cluster, said.stdout)
     assert "none.jsonl: no such file" in (tmp_path / "out/logs/align.log").read_text()
     assert not (tmp_path / "out/aligned").exists()
 
 
 def test_an_unknown_partition_leaves_no_job(cluster: Cluster, site: dict[str, str], stages: Path) -> None:
-    said = chain(cluster, site, stages, "--slurm", "--partition=nowhere")
+    said = submit(cluster, site, stages, "--partition=nowhere")
     assert said.returncode == 2
     assert "error: --slurm --partition=nowhere: stage align was not accepted: " in said.stderr
     assert not cluster.run("squeue", "-h").stdout.strip()

@@ -6,14 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoints.markers import newest_complete
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import Job, Submitter, losses, until
+from tests.slurm.jobs import Job, Submitter, losses, submitting, until
 
 WAIT = 60  # --wait of slurm/launch.sh, seconds
+STEPS = ("--max_steps", "100")
 
 
 def processes(*words: str) -> list[int]:
@@ -34,60 +37,68 @@ def ranks(job: Job) -> list[int]:
     return processes("pipeline/train.py", str(job.run), "--resume_from_checkpoint")
 
 
-@pytest.fixture
-def job(submit: Submitter, recipe: Path) -> Iterator[Job]:
-    """A run past its first checkpoint."""
-    job = submit("job", "--config", recipe, "--max_steps", "400")
-    job.wait_for_step(12)
-    yield job
-    job.cancel()
+@dataclass
+class Orphaned:
+    """A job whose slurmstepd on its second node was killed."""
+
+    submit: Submitter
+    job: Job
+    killed: float  # Unix time
 
 
-def ended(job: Job) -> None:
-    """Asserts that the job ends within the wait, leaves nothing behind, and goes on from its last checkpoint."""
-    began = time.monotonic()
-    job.wait()
-    assert time.monotonic() - began < WAIT + 20
+@pytest.fixture(scope="module", autouse=True)
+def orphaned(
+    cluster: Cluster, recipe: Path, site: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Orphaned]:
+    """Beside the other tests: srun waits for the lost node as long as it may."""
+    with submitting(cluster, tmp_path_factory.mktemp("orphaned"), site) as submit:
+        job = submit("job", "--config", recipe, *STEPS, options=("-N2", "--partition=aside"), faults="slow:0.3")
+        job.wait_for_step(12)
+        os.kill(max(processes("slurmstepd", f"[{job.id}.0]")), signal.SIGKILL)
+        yield Orphaned(submit, job, time.time())
+
+
+def goes_on(submit: Submitter, job: Job, recipe: Path, faults: str = "") -> Job:
+    """The next start of a job's run, after making sure that nothing is left of the job."""
     until(lambda: not ranks(job), "no rank is left", 20)
+    newest, last = newest_complete(job.run), losses(job.metrics())[-1][0]
+    assert newest is not None
+    again = submit(
+        "job", "--config", recipe, *STEPS, options=("-N2", f"--partition={job.field('Partition')}"), faults=faults
+    )
+    again.wait_for_step(last + 1)
+    assert f"resumed from {newest}" in again.text()
+    return again
 
 
-def goes_on(submit: Submitter, job: Job, recipe: Path) -> None:
-    again = submit("job", "--config", recipe, "--max_steps", "400")
-    until(lambda: "resumed from" in again.text(), f"the next start resumes:\n{again.text()}")
-    assert f"resumed from {job.run}/checkpoint-" in again.text()
-    again.wait_for_step(losses(job.metrics())[-1][0] + 1)
-    again.cancel()
-
-
-def test_sigkill_of_one_rank(submit: Submitter, job: Job, recipe: Path) -> None:
+def test_a_killed_rank_or_batch_shell_ends_the_job_and_a_killed_slurmd_does_not(
+    cluster: Cluster, submit: Submitter, recipe: Path
+) -> None:
+    job = submit("job", "--config", recipe, *STEPS, faults="slow:0.3")
+    job.wait_for_step(12)
     victim = next(pid for pid in ranks(job) if b"SLURM_PROCID=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(victim, signal.SIGKILL)
-    ended(job)
-    assert job.state() == "FAILED"
+    assert job.wait(WAIT) == "FAILED"
     assert job.restarts() == 0
-    goes_on(submit, job, recipe)
 
-
-def test_sigkill_of_a_slurmstepd(submit: Submitter, job: Job, recipe: Path) -> None:
-    os.kill(processes("slurmstepd", f"[{job.id}.0]")[-1], signal.SIGKILL)
-    ended(job)
-    assert job.state() != "COMPLETED"
-    goes_on(submit, job, recipe)
-
-
-def test_sigkill_of_the_batch_shell(submit: Submitter, job: Job, recipe: Path) -> None:
+    job = goes_on(submit, job, recipe, faults="slow:0.3")
     os.kill(processes("slurm_script", f"job{int(job.id):05d}")[0], signal.SIGKILL)
-    ended(job)
-    assert job.state() != "COMPLETED"
-    goes_on(submit, job, recipe)
+    assert job.wait(WAIT) != "COMPLETED"
 
-
-def test_a_killed_slurmd_does_not_disturb(cluster: Cluster, submit: Submitter, recipe: Path) -> None:
-    job = submit("job", "--config", recipe, "--max_steps", "60")
-    job.wait_for_step(5)
+    job = goes_on(submit, job, recipe, faults="slow:0.3")
+    step = losses(job.metrics())[-1][0]
     cluster.kill_node("n2")
-    job.wait_for_step(50)
+    job.wait_for_step(step + 10)
     cluster.start_node("n2")
     assert job.wait() == "COMPLETED"
     assert job.restarts() == 0
-    assert [step for step, *_ in losses(job.metrics())] == list(range(1, 61))
+    assert [step for step, *_ in losses(job.metrics())] == list(range(1, 101))
+
+
+def test_a_killed_slurmstepd_ends_the_job_within_the_wait(orphaned: Orphaned, recipe: Path) -> None:
+    job = orphaned.job
+    assert job.wait() not in ("COMPLETED", "CANCELLED")
+    assert job.ended() - orphaned.killed < WAIT + 20
+    again = goes_on(orphaned.submit, job, recipe)
+    assert again.wait() == "COMPLETED"
+    assert [step for step, *_ in losses(again.metrics())] == list(range(1, 101))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ROOT, Submitter
+from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.jobs import Submitter
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TEMPLATES = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
@@ -30,7 +30,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_a_big_cluster_accepts_the_header(cluster: Cluster, template: Path) -> None:
-    done = cluster.run("sbatch", "--test-only", "--partition=big", template.relative_to(ROOT), cwd=ROOT)
+    done = cluster.run("sbatch", "--test-only", "--partition=big", template.relative_to(ROOT))
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
 
@@ -71,7 +71,7 @@ def test_a_port_that_is_taken_is_named_before_weights_load(submit: Submitter, re
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        job = submit("job", "--config", recipe, DOCTOR_SECONDS="60", MASTER_PORT=port)
+        job = submit("job", "--config", recipe, DOCTOR_SECONDS="15", MASTER_PORT=port)
         assert job.wait() == "FAILED"
     assert job.exit_code() == 2
     assert f"port {port} cannot be opened" in job.text()
@@ -94,9 +94,9 @@ def test_a_folder_that_is_not_shared_is_named_before_weights_load(
     python.chmod(0o755)
     done = submit.sbatch(
         "job", "--config", recipe, "--output_dir", "runs/not-shared", options=("-N2", "--wait"),
-        DOCTOR_SECONDS="60", PYTHON=str(python),
+        DOCTOR_SECONDS="200", PYTHON=str(python),
     )  # fmt: skip
-    text = (submit.folder / "job.log").read_text()
+    text = (submit.folder / f"job-{done.stdout.strip()}.log").read_text()
     shutil.rmtree(ROOT / "runs/not-shared")
     assert done.returncode == 2, text
     assert "is another folder here than on the node of rank 0" in text
