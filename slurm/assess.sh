@@ -36,6 +36,8 @@ for folder in "${folders[@]}"; do
     model=$(sed -n 's/.*"base_model_name_or_path": "\(.*\)".*/\1/p' "$model/adapter_config.json")
   fi
   door pipeline/assess.py --model_name_or_path "$model" "${base[@]}" --output_dir "$folder/assess" "$@" || fail "$folder was not judged"
+  # A run of sweep.sh is a point of the sweep's figure.
+  [[ ! $name =~ ^(.+)-([01]\.?[0-9]*)$ ]] || name="${BASH_REMATCH[1]}, $(awk "BEGIN { printf \"%g\", 100 * ${BASH_REMATCH[2]} }") %"
   row="$name=assess:$folder/assess"
   if [[ -e $folder/run.json ]]; then
     rm -r "$folder/model"

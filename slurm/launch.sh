@@ -28,10 +28,10 @@ CONTAINER=()
 if [[ -n $CONTAINER_IMAGE ]]; then
   CONTAINER=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$CONTAINER_MOUNTS" "--container-workdir=$PWD")
 fi
-# Ranks that linger after the first good end are ended a minute later.
+# Ranks that linger after the first end are ended half a minute later.
 ALL_RANKS=(
   srun "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))"
-  "--ntasks-per-node=$RANKS_PER_NODE" "--cpus-per-task=$((CORES > 0 ? CORES : 1))" --wait=60 "${CONTAINER[@]}"
+  "--ntasks-per-node=$RANKS_PER_NODE" "--cpus-per-task=$((CORES > 0 ? CORES : 1))" --wait=30 "${CONTAINER[@]}"
 )
 
 # The first node is where rank 0 runs. The port is below those that Linux gives to outgoing connections.

@@ -28,8 +28,11 @@ pair=$SLURM_ARRAY_TASK_ID
 
 # The array's first task asks for the judging, once, when all of them have finished.
 if ((pair == 0 && RESTARTS == 0)); then
+  read -r -a assess <<<"${ASSESS:---suites beavertails}"
+  mkdir -p "runs/$SLURM_JOB_NAME"
   sbatch --job-name="$SLURM_JOB_NAME-assess" --partition="$SLURM_JOB_PARTITION" --dependency="afterok:$SLURM_ARRAY_JOB_ID" \
-    --kill-on-invalid-dep=yes --gpus-per-node="$((gpus > 0 ? 1 : 0))" slurm/assess.sh "${runs[@]}"
+    --kill-on-invalid-dep=yes --gpus-per-node="$((gpus > 0 ? 1 : 0))" --output="runs/$SLURM_JOB_NAME/assess-%j.log" \
+    slurm/assess.sh "${runs[@]}" "${assess[@]}"
 fi
 method=${methods[pair / ${#ratios[@]}]}
 references=()

@@ -27,7 +27,7 @@ def main() -> None:
     what.add_argument("--clean", action="store_true", help="remove the weights of attacked models now")
     what.add_argument(
         "--slurm", metavar="'SBATCH WORDS'", nargs="?", const="",
-        help="submit a job for each stage, as in --slurm '-N2 --gpus-per-node=8'; the words decide the ranks",
+        help="submit a job for each stage, as in --slurm='-N2 --gpus-per-node=8'; the words decide the ranks",
     )  # fmt: skip
     what.add_argument("--begin", metavar="STAGE", help="for slurm/stage.sh: record the start, print the words to run")
     what.add_argument("--end", metavar="STAGE", help="for slurm/stage.sh: record that the stage has finished")

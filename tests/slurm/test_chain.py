@@ -25,8 +25,8 @@ ON_TWO_NODES = "-N2 --gpus-per-node=0"
 def submit(
     cluster: Cluster, site: dict[str, str], recipe: Path, resources: str = ON_TWO_NODES
 ) -> subprocess.CompletedProcess[str]:
-    """tools/chain.py RECIPE --slurm RESOURCES"""
-    return cluster.run(sys.executable, "tools/chain.py", recipe, "--slurm", resources, variables=site)
+    """tools/chain.py RECIPE --slurm=RESOURCES"""
+    return cluster.run(sys.executable, "tools/chain.py", recipe, f"--slurm={resources}", variables=site)
 
 
 def finish(cluster: Cluster, text: str) -> None:
@@ -48,7 +48,7 @@ def stages(recipe: Path, tmp_path: Path) -> Path:
     content = {
         "name": "little", "output_dir": str(tmp_path / "out"),
         "stages": [
-            {"name": "align", "run": "train", "with": align},
+            {"name": "align", "run": "train", "ranks": 2, "with": align},
             {"name": "aligned", "run": "convert", "with": {"checkpoint": "{align}", "dtype": "fp32"}},
             {"name": "tuned", "run": "train", "ranks": 2, "with": tuned},
             {"name": "model", "run": "convert", "with": {"checkpoint": "{tuned}", "dtype": "fp32"}},

@@ -61,8 +61,9 @@ def limited(
 
 def requeued(job: Job, restart: int = 0) -> int:
     """Wait until the job's start number `restart` has ended; the step it saved."""
-    until(lambda: job.restarts() > restart, f"a requeue of job {job.id}")
-    marker = json.loads((job.run / f"logs/{job.id}-{restart}/requeue.json").read_text())
+    path = job.run / f"logs/{job.id}-{restart}/requeue.json"
+    until(lambda: job.restarts() > restart and path.exists(), f"a requeue of job {job.id}:\n{job.text()}")
+    marker = json.loads(path.read_text())
     assert marker["code"] == 85
     return int(str(marker["reason"]).rpartition("checkpoint-")[2])
 

@@ -16,7 +16,7 @@ def ends(job: Job, start: int) -> str:
     for rank in (0, 1):  # every rank's stacks are in its own log
         log = (job.run / f"logs/{job.id}-{start}/rank_{rank}.log").read_text()
         assert "stacks of all threads" in log
-        assert "pipeline/training/loop.py" in log
+        assert "pipeline/training/run.py" in log
     return job.text()
 
 
