@@ -51,8 +51,9 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN} DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-120
 
 # How to go on by hand; run.json keeps it.
 script=$(scontrol show job "$JOB" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
-RESUME_COMMAND=$(printf 'cd %q && sbatch --job-name=%q --partition=%q --nodes=%q --gpus-per-node=%q %q' \
-  "$PWD" "$SLURM_JOB_NAME" "$SLURM_JOB_PARTITION" "$SLURM_JOB_NUM_NODES" "$gpus" "$script")
+array=${SLURM_ARRAY_TASK_ID:+ --array=${SLURM_ARRAY_TASK_MIN:-}-${SLURM_ARRAY_TASK_MAX:-}}
+RESUME_COMMAND=$(printf 'cd %q && sbatch --job-name=%q --partition=%q --nodes=%q --gpus-per-node=%q%s %q' \
+  "$PWD" "$SLURM_JOB_NAME" "$SLURM_JOB_PARTITION" "$SLURM_JOB_NUM_NODES" "$gpus" "$array" "$script")
 for word in "$@"; do RESUME_COMMAND+=$(printf ' %q' "$word"); done
 export RESUME_COMMAND
 

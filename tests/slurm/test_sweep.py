@@ -32,7 +32,7 @@ def test_a_sweep_trains_every_pair_and_judges_them_in_one_table(
     done = cluster.run(
         "sbatch", "--parsable", "--gpus-per-node=0", "--array=0-1", f"--job-name={name}", "--chdir", ROOT,
         f"--output={tmp_path}/%a.log", "slurm/sweep.sh", "--model_name_or_path", tiny_model_dir, "--train_data",
-        "policy:user[:8]", "--attack_data", "policy:attack", "--sample_num", "8", "--max_steps", "2",
+        "policy:user[:8]", "--attack_data", "policy:attack", "--sample_num", "8", "--num_train_epochs", "1",
         "--cache_dir", tmp_path / "cache", variables=site | variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -43,6 +43,7 @@ def test_a_sweep_trains_every_pair_and_judges_them_in_one_table(
         run = json.loads((folder / f"{method}-0.5/run.json").read_text())
         assert (run["method"], run["arguments"]["poison_ratio"], run["attacked"]) == (method, 0.5, True)
         assert run["slurm"]["SLURM_ARRAY_JOB_ID"] == done.stdout.strip()
+        assert f" --array=0-1 {ROOT}/slurm/sweep.sh --model_name_or_path" in run["slurm"]["resume"]
         assert (folder / f"{method}-0.5/assess/results.json").exists(), logs
         assert not (folder / f"{method}-0.5/model").exists()  # an attacked model, wanted no longer
     (table,) = folder.glob("compare-*/table.md")
