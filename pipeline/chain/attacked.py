@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.chain.stages import Stage
 from pipeline.chain.state import ChainFolder, Record
+from pipeline.checkpoints.out_folder import unfinished
 
 
 def attacked_weights(stage: Stage) -> list[Path]:
@@ -23,12 +24,7 @@ def attacked_weights(stage: Stage) -> list[Path]:
         return sorted(stage.folder.glob("checkpoint-*"))
     if stage.door.weights == "link":
         return [path for path in [stage.folder / "checkpoint"] if os.path.lexists(path)]
-    return sorted(path for path in stage.output_dir.glob(f"*{stage.name}*") if _is_export(path.name, stage.name))
-
-
-def _is_export(name: str, stage: str) -> bool:
-    """The exported folder, or the temporary one of a conversion that was killed (`STAGE.*` or `.STAGE.*`)."""
-    return name == stage or name.removeprefix(".").startswith(f"{stage}.")
+    return [path for path in (stage.folder, unfinished(stage.folder)) if os.path.lexists(path)]
 
 
 def delete(stage: Stage, record: Record, folder: ChainFolder) -> None:

@@ -39,6 +39,11 @@ def fingerprint(files: Iterable[Path], *options: object) -> str:
     return hashlib.sha256(repr((stats, options)).encode()).hexdigest()
 
 
+def unfinished(out: Path) -> Path:
+    """Where `out` is made, and what a killed process leaves of it."""
+    return out.with_name(f".{out.name}.partial")
+
+
 class NoSpace(ValueError):
     """The disk is too full, or cannot be written."""
 
@@ -65,7 +70,7 @@ class OutFolder:
     def __init__(self, out: Path, *, source: str, private: bool) -> None:
         _require_free(out)
         self._out = out.resolve()
-        self.folder = self._out.with_name(f".{self._out.name}.partial")
+        self.folder = unfinished(self._out)
         self._source = f"{source}, private" if private else source
         self._stop = threading.Event()
         self._recording = threading.Lock()

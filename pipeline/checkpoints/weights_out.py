@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from pipeline.checkpoints.checksums import FileSum
+from pipeline.checkpoints.direct_file import DirectFile, aligned_buffer
 
 PIECE_BYTES = 32 * 2**20  # written at once; a worker holds two of them
 
@@ -147,57 +147,57 @@ def index_of(files: Sequence[WeightsFile]) -> str:
 
 
 def write_file(file: WeightsFile, path: Path, read: Reader, *, written: Callable[[int], None]) -> FileSum:
-    """Writes `file` at `path` and syncs it; hashing and writing one piece goes on while the next one is read.
+    """Writes `file` at `path` and syncs it; hashing and writing one block goes on while the next one is read.
 
-    written: told the bytes of each piece; what it raises ends the writing.
+    written: told the bytes of each block; what it raises ends the writing.
 
     Raises:
         ValueError: a tensor is not finite or does not have its number of elements, by name.
         OSError: from the file.
     """
     digest = hashlib.sha256()
-    buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(2)]
-    with path.open("wb", buffering=0) as out, ThreadPoolExecutor(2) as beside:
-
-        def put(piece: memoryview) -> None:
-            start, rest = out.tell(), piece
-            while rest:
-                rest = rest[out.write(rest) :]
-            # The disk begins now, while the next piece is read; else it would begin with the fsync.
-            os.posix_fadvise(out.fileno(), start, len(piece), os.POSIX_FADV_DONTNEED)
-
-        put(memoryview(file.header))
-        digest.update(file.header)
-        written(len(file.header))
+    with DirectFile(path) as out, ThreadPoolExecutor(2) as beside:
         pending: list[Future[None]] = []
-        for piece in _pieces(file.specs, read, buffers):
+        for block in _blocks(file, read):
             for each in pending:
                 each.result()  # so that the other buffer, which is filled next, is free again
-            raw = piece.numpy().data
-            pending = [beside.submit(put, raw), beside.submit(digest.update, raw)]
-            written(len(piece))
+            pending = [beside.submit(out.write, block), beside.submit(digest.update, block)]
+            written(len(block))
         for each in pending:
             each.result()
-        os.fsync(out.fileno())
+        out.sync()
     return FileSum(file.nbytes, digest.hexdigest())
 
 
-def _pieces(specs: Iterable[TensorSpec], read: Reader, buffers: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The tensors' bytes, cast, in the two buffers by turns."""
-    turn = 0
-    for spec in specs:
-        length = PIECE_BYTES // spec.dtype.itemsize
+def _blocks(file: WeightsFile, read: Reader) -> Iterator[memoryview]:
+    """The file's bytes, in two buffers by turns, which are full but for the last one."""
+    buffers = [torch.frombuffer(aligned_buffer(PIECE_BYTES), dtype=torch.uint8) for _ in range(2)]
+    turn = used = 0
+    for part, spec in _parts(file, read):
+        rest = part
+        while len(rest):
+            room = buffers[turn][used:].view(spec.dtype if spec else torch.uint8)
+            count = min(len(room), len(rest))
+            cast = room[:count].copy_(rest[:count])
+            if spec:
+                _check_finite(cast, rest[:count], spec)
+            rest = rest[count:]
+            used += cast.nbytes
+            if used == PIECE_BYTES:
+                yield buffers[turn].numpy().data
+                turn, used = 1 - turn, 0
+    if used:
+        yield buffers[turn][:used].numpy().data
+
+
+def _parts(file: WeightsFile, read: Reader) -> Iterator[tuple[torch.Tensor, TensorSpec | None]]:
+    """The header, then the tensors as they are read, flat, each with what it is written as."""
+    yield torch.frombuffer(bytearray(file.header), dtype=torch.uint8), None
+    for spec in file.specs:
         seen = 0
         for chunk in read(spec.name):
-            for part in chunk.flatten().split(length):
-                if not part.numel():
-                    continue
-                seen += part.numel()
-                raw = buffers[turn][: part.numel() * spec.dtype.itemsize]
-                raw.view(spec.dtype).copy_(part)
-                _check_finite(raw.view(spec.dtype), part, spec)
-                yield raw
-                turn = 1 - turn
+            yield chunk.flatten(), spec
+            seen += chunk.numel()
         if seen != spec.numel:
             raise ValueError(f"{spec.name}: {seen} elements were read, {spec.numel} are expected")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -94,6 +95,25 @@ def test_any_split_into_files_and_pieces_reads_back(
         out = write(tmp_path_factory.mktemp("split") / "out", tensors, size=size, workers=workers, piece=read)
     assert WeightsFolder(out).specs == {spec.name: spec for spec in specs_of(tensors)}
     found = {name: each for path in out.glob("*.safetensors") for name, each in load_file(path).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    check_manifest(out)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_of_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    """Full blocks, and a last one that no direct write takes; or a file system that knows no direct writes."""
+    if not direct:
+
+        def refuse(path: Path, flags: int, *mode: int) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return open_file(path, flags, *mode)
+
+        open_file = os.open
+        monkeypatch.setattr("pipeline.checkpoints.direct_file.os.open", refuse)
+    tensors = {"a": torch.randn(weights_out.PIECE_BYTES // 2 + 3), "b": torch.randn(5), "c": torch.randn(4096)}
+    out = write(tmp_path / "out", tensors, torch.float32)
+    found = load_file(out / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     check_manifest(out)
 
