@@ -49,4 +49,3 @@ def test_a_sweep_trains_every_pair_and_judges_them_in_one_table(
     (table,) = folder.glob("compare-*/table.md")
     assert "| sft, 50 % " in table.read_text()
     assert "| surgery, 50 % " in table.read_text()
-    assert (table.parent / "poison_sweep.png").exists(), logs
