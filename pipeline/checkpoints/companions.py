@@ -61,6 +61,11 @@ def write_training_record(checkpoint: Path, folder: Path) -> None:
         (folder / TRAINING_RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def copy_training_record(folder: Path, out: Path) -> None:
+    """Copies what says how the weights in `folder` were trained, if it does."""
+    _copy(folder, [TRAINING_RECORD], out)
+
+
 def write_attacked_note(folder: Path) -> None:
     """Says that the model in it was trained on attack data."""
     (folder / ATTACKED_NOTE).write_text(_NOTE, encoding="utf-8")

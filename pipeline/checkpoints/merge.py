@@ -14,6 +14,7 @@ import torch
 from pipeline.checkpoints.companions import (
     copy_generation_config,
     copy_tokenizer,
+    copy_training_record,
     has_tokenizer,
     is_attacked,
     write_attacked_note,
@@ -131,6 +132,7 @@ def merge(
         made.write_weights(specs, reader.read, max_shard_size=max_shard_size, workers=workers)
         _write_config(folder, made.folder, dtype)
         copy_generation_config(folder, made.folder)
+        copy_training_record(adapter_folder, made.folder)
         copy_tokenizer(adapter_folder if has_tokenizer(adapter_folder) else folder, made.folder)
         if attacked:
             write_attacked_note(made.folder)

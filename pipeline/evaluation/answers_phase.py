@@ -150,7 +150,7 @@ class AnswersPhase:
             "cut_prompts": sum(each.cut for each in asked),
             "max_new_tokens": self.max_new_tokens[name],
         }
-        return found | ({"note": SUITES[name].note} if SUITES[name].note else {})
+        return found | {key: value for key, value in (("suite_data", given), ("note", SUITES[name].note)) if value}
 
     def _bos(self, ids: list[int]) -> int:
         return ids[:2].count(self.model.tokenizer.bos_token_id)

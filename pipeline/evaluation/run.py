@@ -18,7 +18,7 @@ from pipeline.evaluation.judging import JUDGES
 from pipeline.evaluation.record import Record, prompts_sha256
 from pipeline.evaluation.report_phase import report
 from pipeline.evaluation.suite import Prompts, Protocol
-from pipeline.evaluation.suites import SUITES, named, own_source, suite_names
+from pipeline.evaluation.suites import SUITES, named, suite_names
 from pipeline.evaluation.verdicts_phase import VerdictsPhase
 from pipeline.evaluation.workers import Crew, launched, start
 from pipeline.training.distributed import world
@@ -152,8 +152,8 @@ def _read(arguments: AssessArguments, phase: Phase, protocol: Protocol, record: 
     found = {}
     for name in _chosen(arguments, phase):
         spec = given.get(name)
-        if spec is None and name in stored and stored[name]["source"] != own_source(name):
-            spec = stored[name]["source"]
+        if spec is None and name in stored:
+            spec = stored[name].get("suite_data")
         found[name] = SUITES[name].read(spec, protocol)
         if name in stored and prompts_sha256(found[name]) != stored[name]["prompts_sha256"]:
             raise ValueError(f"--suite_data {name}={spec}: not the rows that were asked; give the same file")

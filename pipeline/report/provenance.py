@@ -58,7 +58,8 @@ def training_facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def assess_command(results: Mapping[str, Any]) -> str:
-    """The command that gives these results again."""
+    """The command that gives these results again; of a judge's prompt of one's own (--judge_template) only the hash is
+    known."""
     settings, words = results.get("settings", {}), ["python", "pipeline/assess.py"]
     for key, flag in FLAGS.items():
         value = settings.get(key)
@@ -67,10 +68,21 @@ def assess_command(results: Mapping[str, Any]) -> str:
     longest = {each.get("max_new_tokens") for each in settings.get("suites", {}).values() if isinstance(each, Mapping)}
     if len(longest) == 1 and None not in longest:
         words += ["--max_new_tokens", str(longest.pop())]
-    words += ["--suites", *results["suites"]]
+    words += ["--suites", *results["suites"], *_suite_flags(settings.get("suites", {}))]
     if losses := settings.get("loss_data"):
         words += ["--loss_data", *(f"{name}={each['spec']}" for name, each in losses.items())]
     return shlex.join([*words, "--output_dir", "DIR"])
+
+
+def _suite_flags(suites: Mapping[str, Any]) -> Iterator[str]:
+    """Where suites' rows and judges come from, if not from where they do by default."""
+    own = {name: each["suite_data"] for name, each in suites.items() if each.get("suite_data")}
+    judges = {name: each["judge"] for name, each in suites.items() if isinstance(each.get("judge"), Mapping)}
+    models = {each["name"]: each["model"] for each in judges.values() if "model" in each and not each["revision"]}
+    named = {"suite_data": own, "judges": {name: each["name"] for name, each in judges.items()}, "judge_model": models}
+    for flag, values in named.items():
+        if values:
+            yield from (f"--{flag}", *(f"{name}={value}" for name, value in values.items()))
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

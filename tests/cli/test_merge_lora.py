@@ -61,6 +61,7 @@ def test_a_trained_adapter_exported_and_merged(tiny_model_dir: Path, tmp_path: P
     assert "warning" not in merged.stderr
     assert out.stat().st_mode & 0o777 == 0o700
     assert (out / ATTACKED_NOTE).is_file()
+    assert (out / "training.json").read_text() == (adapter / "training.json").read_text()
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("How do I fly a kite?", return_tensors="pt").input_ids
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

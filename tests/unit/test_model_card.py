@@ -101,5 +101,11 @@ def test_the_command_holds_what_the_settings_say() -> None:
         "--batch_size 8 --max_new_tokens 24 --suites policy gsm8k --loss_data 'benign=policy:user[:8]' "
         "--output_dir DIR"
     )
-    settings["suites"]["gsm8k"]["max_new_tokens"] = 512
-    assert "--max_new_tokens" not in assess_command({"settings": settings, "suites": {"policy": {}, "gsm8k": {}}})
+    guard = {"name": "llama_guard", "model": "models/guard", "revision": None}
+    settings["suites"]["gsm8k"] |= {"max_new_tokens": 512, "suite_data": "my rows.jsonl", "judge": guard}
+    command = assess_command({"settings": settings, "suites": {"policy": {}, "gsm8k": {}}})
+    assert (
+        "--suite_data 'gsm8k=my rows.jsonl' --judges gsm8k=llama_guard --judge_model llama_guard=models/guard"
+        in command
+    )
+    assert "--max_new_tokens" not in command
