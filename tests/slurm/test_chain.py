@@ -108,7 +108,7 @@ def test_a_stage_that_fails_takes_those_behind_it_away(
     content = yaml.safe_load(stages.read_text())
     content["stages"][0]["with"]["train_data"] = str(tmp_path / "none.jsonl")
     stages.write_text(yaml.safe_dump(content))
-    said = submit(cluster, site, stages)
+    said = submit(cluster, site, stages, "-N1 --gpus-per-node=0")
     assert said.returncode == 0, said.stderr
     finish(cluster, said.stdout)
     assert "none.jsonl: no such file" in (tmp_path / "out/logs/align.log").read_text()
