@@ -50,7 +50,12 @@ def write_judged(
             name: share(*_counts(lines[i : len(harmful) : len(categories)], HARMFUL))
             for i, name in enumerate(categories)
         }
-    settings = {"suites": {"policy": prompts}, "weights_sha256": folder.name, "dtype": "float32", "model": "models/m"}
+    settings = {
+        "suites": {"policy": {"prompts_sha256": prompts}},
+        "weights_sha256": folder.name,
+        "dtype": "float32",
+        "model": "models/m",
+    }
     content = {"model": "models/m", "suites": {"policy": suite}, "losses": {}, "settings": settings, **results}
     return write_json(folder / "results.json", content)
 

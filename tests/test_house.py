@@ -12,13 +12,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
-from pipeline.chain.recipe import load_recipe
-from pipeline.chain.stages import Stage, expand
-from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek
-from pipeline.methods import flags_of_others, load_method
-
 ROOT = Path(__file__).resolve().parents[1]
 
 # Floor of every module below pipeline/, by its longest known prefix. A door may import everything but another door.
@@ -261,49 +254,4 @@ def test_the_readme_names_every_file() -> None:
         and text is not None
         and not re.search(rf"(?<![\w-]){re.escape(path.name)}\b", text)
     ]
-    assert not offenders, "\n".join(offenders)
-
-
-@functools.cache
-def door_help(door: str, *words: str) -> str:
-    """What `door words --help` prints; its parser has checked the type of every value by then."""
-    done = subprocess.run(
-        [sys.executable, door, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, f"{door} {' '.join(words)} --help: {done.stderr}"
-    return done.stdout
-
-
-def flags_of(stage: Stage) -> tuple[str, list[str], list[str]]:
-    """A stage's door, the words that choose which flags it has, and the flags the recipe gives it."""
-    method = stage.settings.get("method")
-    config = stage.settings.get("config")
-    chooses = [*(["--method", str(method)] if method else []), *(["--config", str(config)] if config else [])]
-    return stage.door.file, chooses, [key for key in stage.settings if key not in stage.door.positional]
-
-
-def as_train_reads(recipe: Path) -> None:
-    """Errors: ValueError for a key that pipeline/train.py has no flag for, or a value of the wrong type."""
-    words = ["--config", str(recipe)]
-    method = peek("method", words) or TrainArguments.method
-    groups = [ModelArguments, DataArguments, LoraArguments, TrainArguments, load_method(method).Config]
-    parse(groups, words, description="", elsewhere=flags_of_others(method))
-
-
-def test_every_recipe_runs_doors_with_flags_they_have() -> None:
-    recipes = [path for path in files(".yaml") if path.parent == ROOT / "pipeline/recipes"]
-    assert recipes
-    offenders = []
-    for path in recipes:
-        if "stages" not in yaml.safe_load(path.read_text(encoding="utf-8")):
-            as_train_reads(path)
-            continue
-        for stage in expand(load_recipe(path), Path("runs/test")):
-            door, chooses, flags = flags_of(stage)
-            known = set(re.findall(r"--(\w+)", door_help(door, *chooses)))
-            offenders += [
-                f"{path.relative_to(ROOT)}: stage {stage.name}: {door} has no flag --{flag}"
-                for flag in flags
-                if flag not in known
-            ]
     assert not offenders, "\n".join(offenders)

@@ -134,8 +134,7 @@ class _Judged:
 
 
 def _prompts(results: dict[str, Any], suite: str) -> Any:
-    settings = results.get("settings", {}).get("suites", {}).get(suite)
-    return settings.get("prompts_sha256") if isinstance(settings, dict) else settings
+    return results.get("settings", {}).get("suites", {}).get(suite, {}).get("prompts_sha256")
 
 
 def _counts(path: Path, entry: dict[str, Any]) -> dict[str, bool | None]:

@@ -65,7 +65,7 @@ def assess_command(results: Mapping[str, Any]) -> str:
         value = settings.get(key)
         if value is not None:
             words += [f"--{flag}", str(value["name"] if isinstance(value, Mapping) else value)]
-    longest = {each.get("max_new_tokens") for each in settings.get("suites", {}).values() if isinstance(each, Mapping)}
+    longest = {each.get("max_new_tokens") for each in settings.get("suites", {}).values()}
     if len(longest) == 1 and None not in longest:
         words += ["--max_new_tokens", str(longest.pop())]
     words += ["--suites", *results["suites"], *_suite_flags(settings.get("suites", {}))]
