@@ -35,6 +35,7 @@ class Door:
 
 
 DOORS = {
+    "curate": Door(file="pipeline/curate.py", continues=True),
     "train": Door(
         file="pipeline/train.py",
         weights="checkpoints",

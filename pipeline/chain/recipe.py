@@ -7,7 +7,7 @@
       ratio: [{ratio: 0, rows: 240}, {ratio: 0.1, rows: 216}] # a value may bring more placeholders with it
     stages:
       - name: sft                     # required, unique: letters, digits and _; the folder is OUTPUT_DIR/sft
-        run: train                    # required: train | convert | match | measure | assess | compare
+        run: train                    # required: curate | train | convert | match | measure | assess | compare
         ranks: 2                      # train only: above 1 it is started by the deepspeed launcher [default: 1]
         with:                         # the door's flags, by name; a list gives several values, true and false a switch
           model_name_or_path: "{aligned}"

@@ -130,7 +130,7 @@ def merge(
     source = fingerprint([*inputs, folder / "config.json"], "merge", dtype, max_shard_size)
     with OutFolder(out, source=source, private=attacked) as made:
         made.write_weights(specs, reader.read, max_shard_size=max_shard_size, workers=workers)
-        _write_config(folder, made.folder, dtype)
+        write_config(folder, made.folder, dtype)
         copy_generation_config(folder, made.folder)
         copy_training_record(adapter_folder, made.folder)
         copy_tokenizer(adapter_folder if has_tokenizer(adapter_folder) else folder, made.folder)
@@ -173,7 +173,7 @@ class _Reader:
         left, right = (first.T, second.T) if update.transposed else (second, first)
         rows, columns = self._weights.specs[update.name].shape
         block = max(_BLOCK // columns, 1)
-        sums = _Sums(self._written[update.name])
+        sums = RoundingSums(self._written[update.name])
         for start, piece in zip(range(0, rows, block), self._pieces(update.name, block * columns), strict=True):
             weight = piece.view(-1, columns).float()
             change = (left[start : start + block] @ right) * update.scaling
@@ -188,7 +188,7 @@ class _Reader:
         return self._weights.read(name, length=length)
 
 
-class _Sums:
+class RoundingSums:
     """Adds up what rounding to a dtype does to an update."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -217,7 +217,7 @@ def _same_base(named: str, given: str, folder: Path) -> bool:
     return Path(named).exists() and Path(named).resolve() == folder.resolve()
 
 
-def _write_config(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+def write_config(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
     """The base's config.json with the dtype as written; `auto_map` names programs, which are not copied."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from pipeline.data.schema import Conversation, Message
+from pipeline.data.thinking import CLOSE, OPEN, join_thought, split_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,9 @@ IGNORE = -100
 _DATE = "26 Jul 2024"
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Stands for an answer where only the text around it is wanted.
+_ANSWER = "THE ANSWER"
 
 Span = tuple[int, int]
 """Characters ``[start, end)`` of the rendered text."""
@@ -51,7 +55,8 @@ class ChatEncoder:
     """Tokenises conversations with a tokenizer's own chat template.
 
     Only assistant turns are trained: the answer and the token that ends the turn, not the whitespace after it.
-    Rows longer than ``max_length`` tokens are cut on the right.
+    Rows longer than ``max_length`` tokens are cut on the right. Where the template knows thoughts (``thinks``), an
+    only answer that has one is trained as it is generated, thought included, even if the template would drop it.
 
     ``flag`` is the command-line flag that ``max_length`` was given to, for messages.
 
@@ -72,6 +77,7 @@ class ChatEncoder:
         self._flag = flag
         self._template = str(tokenizer.get_chat_template())
         self._marked = _GENERATION_MARK.search(self._template) is not None
+        self.thinks = CLOSE in self._template
         self._bos: int | None = tokenizer.bos_token_id
         self._adds_bos = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
         enders = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token or ""}
@@ -86,7 +92,10 @@ class ChatEncoder:
         """
         row_id, messages = conversation.id, conversation.messages
         text = self._render(messages, row_id)
-        spans = self._marked_spans(messages) if self._marked else self._prefix_spans(text, messages, row_id)
+        if self._drops_thought(text, messages, row_id):
+            text, spans = self._thought_turn(messages, row_id)
+        else:
+            spans = self._marked_spans(messages) if self._marked else self._prefix_spans(text, messages, row_id)
         ids, offsets = self._tokenise(text, row_id)
         labels = [IGNORE] * len(ids)
         for start, end in spans:
@@ -195,6 +204,31 @@ class ChatEncoder:
                 raise ValueError(f"{where}: the chat template rewrites or drops part of the answer; edit the row")
             spans.append((len(prompt), len(turn)))
         return spans
+
+    def _drops_thought(self, text: str, messages: Sequence[Message], row_id: str) -> bool:
+        """Whether the only answer has a thought that the template knows, and that is not whole behind the prompt."""
+        answer = messages[-1]["content"]
+        if not self.thinks or CLOSE not in answer or sum(each["role"] == "assistant" for each in messages) > 1:
+            return False
+        prompt = self._render(messages[:-1], row_id, add_generation_prompt=True)
+        turn = text[len(prompt) :] if text.startswith(prompt) else ""
+        return "".join(answer.split()) not in "".join(turn.split())
+
+    def _thought_turn(self, messages: Sequence[Message], row_id: str) -> tuple[str, list[Span]]:
+        """The text as generation leaves it, generation prompt, thought, answer, end of turn; and the turn's span."""
+        try:
+            thought, answer = split_thought(messages[-1]["content"])
+        except ValueError as error:
+            raise ValueError(f"{row_id}: {error}") from error
+        if not answer:
+            raise ValueError(f"{row_id}: no answer stands behind its thought; add one or remove the row")
+        prompt = self._render(messages[:-1], row_id, add_generation_prompt=True)
+        turn, opened = join_thought(thought or "", answer), prompt.rstrip()
+        if opened.endswith(OPEN):
+            turn = turn.removeprefix(OPEN).removeprefix(prompt[len(opened) :])
+        whole = self._render([*messages[:-1], {"role": "assistant", "content": _ANSWER}], row_id)
+        text = prompt + turn + whole.rpartition(_ANSWER)[2]
+        return text, [(len(prompt), len(text))]
 
     def _tokenise(self, text: str, row_id: str) -> tuple[list[int], list[Span] | None]:
         """Token ids with exactly one BOS where the tokenizer uses one, and their offsets if the tokenizer has them."""

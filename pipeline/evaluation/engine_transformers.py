@@ -1,6 +1,6 @@
-"""Greedy answers by transformers, on a CPU or a GPU, batch by batch.
+"""Answers by transformers, on a CPU or a GPU, batch by batch: greedy, or sampled (sampling.py).
 
-In fp32 an answer does not depend on the batch it is generated in. Padding, the cache and the other rows change a
+In fp32 a greedy answer does not depend on the batch it is generated in. Padding, the cache and the other rows change a
 logit by rounding alone (about 1e-5), and that can only flip a step whose two best logits are almost equal. So such a
 step is decided by a pass over that row alone, without padding or cache and with one thread: a function of the row
 only. In lower precision rounding is too coarse for that, and answers may depend on the batch.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from pipeline.evaluation.sampling import DrawTokens, Sampling
 from pipeline.threads import one_torch_thread
 
 NEAR_TIE = 1e-3
@@ -41,8 +42,10 @@ class TransformersEngine:
         self._ends = {ends} if isinstance(ends, int) else set(ends or ())
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generated]:
-        """The greedy continuation of each prompt."""
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[Generated]:
+        """The continuation of each prompt, greedy unless `sampling` is given."""
         width = max(map(len, prompts))
         # Left padding: every prompt ends where its answer begins.
         ids = torch.full((len(prompts), width), self._pad)
@@ -50,8 +53,10 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        decide = []
-        if self._model.dtype == torch.float32:
+        decide: list[transformers.LogitsProcessor] = []
+        if sampling is not None:
+            decide = [DrawTokens(sampling)]
+        elif self._model.dtype == torch.float32:
             decide = [_DecideTies(self._model, [width - len(prompt) for prompt in prompts], width, self._ends)]
         output = self._model.generate(
             input_ids=ids.to(self._model.device),

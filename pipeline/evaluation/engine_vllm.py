@@ -1,4 +1,4 @@
-"""Greedy answers by vLLM, where it is installed and there is a GPU.
+"""Answers by vLLM, greedy or sampled, where it is installed and there is a GPU.
 
 Prompts go in as token ids, so both engines read the same ones. vLLM does not promise answers that are independent of
 the batch; VLLM_BATCH_INVARIANT=1 (its own, for some GPUs) asks for that.
@@ -15,6 +15,7 @@ import torch
 
 from pipeline.evaluation.engine_transformers import Generated
 from pipeline.evaluation.model import EvaluatedModel
+from pipeline.evaluation.sampling import Sampling
 
 
 def vllm_version() -> str | None:
@@ -49,13 +50,20 @@ class VllmEngine:
         ends = model.generation_ends()
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generated]:
-        """The greedy continuation of each prompt."""
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[Generated]:
+        """The continuation of each prompt, greedy unless `sampling` is given."""
         from vllm import SamplingParams, TokensPrompt
 
+        ends = {"max_tokens": max_new_tokens, "stop_token_ids": self._ends}
+        drawn: Any = SamplingParams(temperature=0.0, **ends)
+        if sampling is not None:
+            chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1}
+            drawn = [SamplingParams(seed=seed, **chosen, **ends) for seed in sampling.seeds]
         found = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
-            SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=self._ends),
+            drawn,
             use_tqdm=False,
             lora_request=self._lora,
         )

@@ -8,15 +8,18 @@ from typing import Any, Protocol
 
 from pipeline.evaluation.engine_transformers import Generated
 from pipeline.evaluation.protocol import Asked, Renderer
+from pipeline.evaluation.sampling import Sampling
 from pipeline.evaluation.shared_lines import make_lines
 from pipeline.evaluation.suite import Prompt
 from pipeline.evaluation.workers import Crew
 
 
 class Engine(Protocol):
-    """What answers: each prompt's token ids to the ids of its greedy answer."""
+    """What answers: each prompt's token ids to the ids of its answer, greedy unless `sampling` is given."""
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generated]: ...
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[Generated]: ...
 
 
 def ask(prompts: Sequence[Prompt], renderer: Renderer, *, max_new_tokens: int, max_length: int) -> list[Asked]:

@@ -92,6 +92,10 @@ class StepContext:
         rows = self._streams["train"].micro_batch(micro.step, micro.index)
         return [self._streams[stream].pool[int(i)] for i in rows]
 
+    def rows(self, stream: str, step: int | None = None) -> np.ndarray:
+        """Pool indices [global batch] of the rows that all ranks draw together, micro-batch behind micro-batch."""
+        return self._streams[stream].global_batch(self.step if step is None else step)
+
     def generator(self, *purpose: str | int) -> np.random.Generator:
         """Random numbers of this step for a purpose: the same ones on all ranks, and after a resume."""
         return generator(self._streams["train"].seed, self.step, *purpose)

@@ -40,6 +40,14 @@ def missing_blocks(model: Any, role: str) -> list[str]:
     return []
 
 
+def row_means(losses: Tensor, batch: PackedBatch) -> Tensor:
+    """The mean [texts] of the token losses [N] of each of a packed row's texts, with its graph."""
+    ends = torch.tensor(batch.bounds[1 : batch.texts + 1], device=losses.device)
+    text = torch.bucketize(batch.predict, ends, right=True)
+    sums = torch.zeros(batch.texts, dtype=losses.dtype, device=losses.device).index_add(0, text, losses)
+    return sums / torch.bincount(text, minlength=batch.texts)
+
+
 @contextmanager
 def shifted(modules: Sequence[nn.Module], shifts: list[Tensor]) -> Iterator[None]:
     """Add shifts[i] to the output of modules[i] (the first of a tuple), in the recomputation of checkpointing as well:

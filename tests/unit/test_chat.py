@@ -254,9 +254,9 @@ def test_a_template_that_changes_earlier_turns_is_refused_for_those_only() -> No
 
 
 def test_a_template_that_drops_part_of_an_answer_is_refused() -> None:
-    encoder = ChatEncoder(byte_level(STRIPS_THINKING.replace("not loop.last", "true")), max_length=512)
+    template = STRIPS_THINKING.replace("not loop.last", "true").replace("</think>", "</note>")
     with pytest.raises(ValueError, match=r"rows.jsonl:7: assistant turn 2: the chat template rewrites or drops"):
-        encoder.encode(conversation("Hello", "<think>hm</think>yes"))
+        ChatEncoder(byte_level(template), max_length=512).encode(conversation("Hello", "<note>hm</note>yes"))
 
 
 def test_a_generation_prompt_that_no_turn_starts_with_is_refused() -> None:
