@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo test lint clean
+.PHONY: help setup setup-gpu demo test test-slurm lint clean
 
 # The first Python that transformers and the pinned packages support; PYTHON=... chooses another.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -62,6 +62,12 @@ demo: setup  ## align, attack and assess the built-in model, print the compariso
 # Two at a time: many tests start two ranks, and every one of them loads torch. A file's tests stay together.
 test: setup  ## run every test (under 15 minutes on two cores)
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+
+# Debian's Slurm, where it is not there yet; the tests start two nodes of it on this machine, as root.
+test-slurm: setup  ## the templates on a little Slurm cluster of this machine's own (Debian or Ubuntu, as root)
+	@for each in munged slurmctld slurmd sbatch shellcheck; do PATH=$$PATH:/usr/sbin type -P $$each || exit 1; done >/dev/null || { \
+	  apt-get update -q && apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client munge shellcheck; } >/dev/null
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile tests/slurm
 
 lint: setup  ## ruff and mypy
 	@$(VENV_PYTHON) -m ruff check

@@ -182,6 +182,13 @@ class TrainArguments:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = field(
         default="none", metadata={"help": "Metrics tracker."}
     )
+    watchdog_minutes: float = field(
+        default=30.0,
+        metadata={
+            "help": "On several ranks: end the run when no rank has moved for so long, and name the one the others "
+            "wait for. 0: no watchdog."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the data order, the reference draws and dropout."})
     dry_run: bool = field(
         default=False, metadata={"help": "Resolve and check everything, show one row's mask and the budget, stop."}
@@ -216,6 +223,7 @@ def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentP
     """An argument parser with one flag a dataclass field, every default suppressed, so that a parse yields what was
     given."""
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     typed = HfArgumentParser(list(configs), add_help=False, allow_abbrev=False)
     parser = _Parser(
@@ -226,6 +234,8 @@ def build_parser(configs: Sequence[Any], description: str) -> argparse.ArgumentP
     for action in parser._actions:
         if action.dest != "help":
             action.default = argparse.SUPPRESS
+        if action.type is string_to_bool:
+            action.nargs, action.const = "?", True  # also of those that may be None: --bf16 is --bf16 true
     return parser
 
 

@@ -5,6 +5,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not pipeline/, whose files would shadow installed modules
 
+from pipeline.training import signals  # noqa: E402
+
+signals.listen()  # before the imports below, which take seconds
+
 from pipeline.config import DataArguments, LoraArguments, ModelArguments, TrainArguments, parse, peek  # noqa: E402
 from pipeline.door import run_door  # noqa: E402
 from pipeline.methods import flags_of_others, load_method  # noqa: E402

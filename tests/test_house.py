@@ -20,6 +20,7 @@ FLOORS = {
     "pipeline.config": 0,
     "pipeline.door": 0,
     "pipeline.builtin_model": 0,
+    "pipeline.slurm_job": 0,
     "pipeline.threads": 0,
     "pipeline.data": 1,
     "pipeline.sink": 1,

@@ -98,17 +98,23 @@ def _label(number: int, stages: Sequence[Stage]) -> str:
     return f"[{number}/{len(stages)}] {stages[number - 1].name}"
 
 
-def _run(stage: Stage, action: Action, records: dict[str, Record], folder: ChainFolder, label: str, lock: int) -> None:
+def begun(stage: Stage, action: Action, records: dict[str, Record], folder: ChainFolder) -> bool:
+    """Record that a stage starts, in an empty folder unless its door goes on, which is what is returned."""
     resume = action is Action.CONTINUE and stage.door.continues
     if not resume:
         _remove(stage.folder)
         inputs = {name: records[name].id for name in stage.waits}
         records[stage.name] = Record(stage.name, stage.definition, inputs, stage.command())
-    record = records[stage.name]
-    folder.write(record)
-    private = stage.attacked or stage.reads_attacked
-    if private and stage.folder.is_dir():
+    folder.write(records[stage.name])
+    if (stage.attacked or stage.reads_attacked) and stage.folder.is_dir():
         stage.folder.chmod(0o700)
+    return resume
+
+
+def _run(stage: Stage, action: Action, records: dict[str, Record], folder: ChainFolder, label: str, lock: int) -> None:
+    resume = begun(stage, action, records, folder)
+    record = records[stage.name]
+    private = stage.attacked or stage.reads_attacked
     print(f"{label}: {'resumed' if resume else 'started'}, log in {stage.log}", flush=True)
     start = time.monotonic()
     code = run_logged(stage.command(resume=resume), stage.log, label=label, lock=lock, private=private)

@@ -70,17 +70,22 @@ class ChainFolder:
             records[record.stage] = record
         return records
 
+    def path(self, stage: str) -> Path:
+        """The file of a stage's record."""
+        return self._folder / f"{stage}.json"
+
     def write(self, record: Record) -> None:
         temporary = self._folder / f"{record.stage}.json.tmp"
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self._folder / f"{record.stage}.json")
+        temporary.replace(self.path(record.stage))
 
     def forget(self, stage: str) -> None:
-        (self._folder / f"{stage}.json").unlink(missing_ok=True)
+        self.path(stage).unlink(missing_ok=True)
 
     @contextmanager
-    def locked(self) -> Iterator[int]:
-        """Hold the folder for one runner; yields the lock's file descriptor.
+    def locked(self, *, short: bool = False) -> Iterator[int]:
+        """Hold the folder for one runner; yields the lock's file descriptor. `short` waits for a holder that lives:
+        jobs of a chain hold it for moments.
 
         A stage's guard inherits it, so the lock of a killed runner is free only when its last stage has ended.
         Errors: ValueError while another runner is at work.
@@ -91,7 +96,7 @@ class ChainFolder:
             while not _try_lock(lock.fileno()):
                 lock.seek(0)
                 holder = lock.read().strip()
-                if _is_alive(holder) or time.monotonic() > deadline:
+                if (not short and _is_alive(holder)) or time.monotonic() > deadline:
                     raise ValueError(f"--output_dir {self.output_dir}: another runner ({holder}) is at work there")
                 time.sleep(0.2)
             lock.truncate(0)

@@ -15,7 +15,8 @@ from pipeline.doctor.compare import Report, compare
 from pipeline.doctor.finding import FAILED, OK, Finding, examine
 from pipeline.doctor.machine import Options, examine_rank, node_name
 from pipeline.doctor.report import Row, job_lines, ready, written
-from pipeline.doctor.roll import GRACE, NoMeeting, Place, Roll, expand
+from pipeline.doctor.roll import GRACE, NoMeeting, Place, Roll
+from pipeline.slurm_job import expand
 
 
 def examine_job(here: Place, options: Options) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,17 +117,6 @@ class Roll:
             return json.loads(self.store.get(step))
         except RuntimeError as error:
             raise NoMeeting(f"rank 0 did not say {step!r} in {seconds:g} s, or ended: {_first_line(error)}") from error
-
-
-def expand(nodes: str) -> list[str]:
-    """Slurm's short form of node names, `n[01-03,7],m`, as a list."""
-    names = []
-    for prefix, inside, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", nodes):
-        for part in inside.split(","):
-            first, _, last = part.partition("-")
-            numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)] if last else [first]
-            names += [f"{prefix}{number}{suffix}" for number in numbers]
-    return names
 
 
 def _first_line(error: Exception) -> str:

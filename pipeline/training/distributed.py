@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from pipeline.slurm_job import rank_variables
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 
 TIMEOUT = timedelta(hours=2)  # saving a 70B checkpoint to a slow disk must not look like a dead rank
@@ -31,8 +33,9 @@ class World:
 
 
 def world() -> World:
-    """From the launcher's environment; a plain `python` call is one rank. Chooses DeepSpeed's accelerator before it is
-    imported."""
+    """From the launcher's environment, srun's as well; a plain `python` call is one rank. Chooses DeepSpeed's
+    accelerator before it is imported."""
+    os.environ.update(rank_variables(os.environ))
     import torch
 
     if not torch.cuda.is_available():

@@ -13,18 +13,24 @@ from pipeline.data.cache import EncodedPool
 from pipeline.data.packing import pack
 from pipeline.training import zero3
 from pipeline.training.engine import Engine
+from pipeline.training.heartbeat import CHECKPOINT, EVALUATION, OPTIMIZER, Heart
 from pipeline.training.method import NonFinite, StepContext, model_kwargs
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
 from pipeline.training.saving import save
+from pipeline.training.signals import Requests
 
 
 class Loop:
     """Trains `run` on `engine` from optimizer step `start`."""
 
-    def __init__(self, run: Prepared, engine: Engine, *, start: int, log: MetricsLog | None) -> None:
-        """log: rank 0's; None on the other ranks."""
+    def __init__(
+        self, run: Prepared, engine: Engine, *, start: int, log: MetricsLog | None, heart: Heart | None = None
+    ) -> None:
+        """log: rank 0's; None on the other ranks. heart: what the watchdog listens to."""
         self.run = run
+        self.heart = heart or Heart()
+        self.requests = Requests(run.output_dir, main=run.world.main)
         self.engine = engine
         self.step = start
         self.log = log
@@ -33,21 +39,48 @@ class Loop:
         self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
     def train(self) -> None:
-        """All remaining steps, then the last evaluation and checkpoint."""
-        train = self.run.train
-        if self.step == 0:
+        """All remaining steps, then the last evaluation and checkpoint. Errors: Stopped on all ranks together, with
+        the step they stopped at saved."""
+        train, saved = self.run.train, self.step
+        self.heart.watch(self.engine.deepspeed)
+        self._poll()  # a signal may have come while the model was loaded
+        if not self.requests.end and self._evaluation_is_missing():
             self._evaluate()
-        while self.step < self.run.steps:
+        while self.step < self.run.steps and not self.requests.end:
+            self.heart.phase("training", self.step + 1)
             grad_norm = self.train_step()
             last = self.step == self.run.steps
             if self.step % train.logging_steps == 0 or last:
                 self._log_training(grad_norm)
-            if last or (train.eval_steps and self.step % train.eval_steps == 0):
+            if not self.requests.end and (last or (train.eval_steps and self.step % train.eval_steps == 0)):
                 self._evaluate()
-            if last or (train.save_steps and self.step % train.save_steps == 0):
-                save(self.run, self.engine, self.step)
+            if last or (train.save_steps and self.step % train.save_steps == 0) or self.requests.any:
+                self._save()
+                saved = self.step
         if self.log is not None:
             self.log.close()
+        if self.requests.end:
+            raise self.requests.exception(f"checkpoint-{saved}" if saved else "before the first step")
+
+    def _save(self) -> None:
+        self.heart.phase("saving", self.step)
+        self.heart.call(CHECKPOINT)
+        save(self.run, self.engine, self.step)
+        self.requests.saved()
+
+    def _poll(self) -> None:
+        """Agree on what was asked, where no other collective carries it."""
+        asked = torch.tensor(self.requests.mine(), device=self.engine.device)
+        dist.all_reduce(asked)
+        self.requests.agree(asked.tolist())
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the step this attempt starts from was to be evaluated, and the earlier attempt did not get to it."""
+        steps = self.run.train.eval_steps
+        due = self.step in (0, self.run.steps) or bool(steps and self.step % steps == 0)
+        missing = torch.tensor(float(self.log is not None and not self.log.evaluated), device=self.engine.device)
+        dist.all_reduce(missing)
+        return due and missing.item() > 0
 
     def train_step(self) -> float:
         """One optimizer step; returns the gradient norm before clipping. Errors: NonFinite on all ranks together."""
@@ -57,6 +90,7 @@ class Loop:
             engine=self.engine.deepspeed, token_loss=self.engine.token_loss, device=self.engine.device,
         )  # fmt: skip
         self.run.method.step(ctx)
+        self.heart.call(OPTIMIZER)
         grad_norm = self._checked_norm(ctx)
         self.engine.deepspeed.step()
         self.run.method.after_step(ctx)
@@ -70,12 +104,14 @@ class Loop:
         return grad_norm
 
     def _checked_norm(self, ctx: StepContext) -> float:
-        """The global gradient norm, after making sure that it and every loss is finite. One collective and one host
-        read a step."""
+        """The global gradient norm, after making sure that it and every loss is finite; what the ranks were asked
+        travels with it. One collective and one host read a step."""
         losses = torch.stack([loss.double() for loss, _ in ctx.losses])
         local = torch.stack([zero3.squared_gradient_norm(self.engine.deepspeed), losses.sum() * 0])
+        local = torch.cat([local, local.new_tensor(self.requests.mine())])
         dist.all_reduce(local)
-        squared, losses_bad = local.tolist()
+        squared, losses_bad, *asked = local.tolist()
+        self.requests.agree(asked)
         if math.isfinite(squared) and losses_bad == 0:
             return math.sqrt(squared)
         rows = [row for loss, ids in ctx.losses if not math.isfinite(float(loss)) for row in ids]
@@ -109,14 +145,17 @@ class Loop:
     def _evaluate(self) -> None:
         if not self.run.evaluations:
             return
+        self.heart.phase("evaluating", self.step)
+        self.heart.call(EVALUATION)
         self.engine.deepspeed.eval()
         values = {
             f"eval_{name}_loss" if name != "eval" else "eval_loss": self._mean_loss(pool)
             for name, pool in self.run.evaluations.items()
+            if not self.requests.end
         }
         self.engine.deepspeed.train()
         zero3.release_gathered(self.engine.deepspeed)
-        if self.log is not None:
+        if self.log is not None and not self.requests.end:  # else the next attempt evaluates
             self.log.evaluation(self.step, values)
 
     def _mean_loss(self, pool: EncodedPool) -> float:
@@ -126,6 +165,9 @@ class Loop:
         batches = [range(first, min(first + rows, len(pool))) for first in range(0, len(pool), rows)]
         total = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         for turn in range(math.ceil(len(batches) / ranks)):
+            self._poll()
+            if self.requests.end:
+                return math.nan
             mine = turn * ranks + self.run.world.rank
             batch = pack([pool[i] for i in batches[min(mine, len(batches) - 1)]]).to(self.engine.device)
             with torch.no_grad():

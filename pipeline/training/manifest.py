@@ -27,6 +27,7 @@ FREE_ON_RESUME = {
     "resume_from_checkpoint", "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "eval_data", "eval_max_rows", "report_to", "num_train_epochs", "max_steps", "cache_dir", "dry_run", "show_text",
     "attention", "max_tokens_per_device", "ds_config", "allow_overlap", "gradient_accumulation_steps",
+    "watchdog_minutes",
 }  # fmt: skip
 
 _ACCUMULATION = "gradient_accumulation_steps"  # free, but for a global batch that stays the same

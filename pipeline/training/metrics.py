@@ -39,6 +39,7 @@ class MetricsLog:
         self.total = total
         self.start = start
         self.began = time.monotonic()
+        self.evaluated = False  # at `start`, by an earlier attempt
         self.last: dict[str, float] = {}  # what the last training step logged
         self._truncate(start)
         self._file = self.path.open("a", encoding="utf-8")
@@ -56,8 +57,10 @@ class MetricsLog:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= start:
+                values = json.loads(line)
+                if values["step"] <= start:
                     kept.append(line + "\n")
+                    self.evaluated |= values["step"] == start and any(name.startswith("eval_") for name in values)
             except (json.JSONDecodeError, KeyError):
                 continue
         temporary = self.path.with_suffix(".tmp")

@@ -13,27 +13,35 @@ import torch
 import torch.distributed as dist
 
 from pipeline.door import SILENCE, end_process
+from pipeline.slurm_job import STOPPED, ask_for_requeue, record
 from pipeline.training.distributed import World, initialize_process_group, leave_process_group
 from pipeline.training.engine import Engine, build_engine
 from pipeline.training.forecast import expectation, forecast, outcome
 from pipeline.training.generators import seed_everything
+from pipeline.training.heartbeat import Heart
 from pipeline.training.loop import Loop
 from pipeline.training.manifest import commit, versions, write_json
 from pipeline.training.method import NonFinite
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.prepared import Prepared
 from pipeline.training.saving import SaveFailed, remove_leftovers
+from pipeline.training.signals import Stopped, training_begins
 from pipeline.training.state import load, open_checkpoint
+from pipeline.training.watchdog import EXIT_SECONDS, Watchdog
 from pipeline.training.zero3 import Shards
 
 
 def execute(run: Prepared) -> None:
     """Train. A NaN or infinite loss or gradient, or a checkpoint that cannot be saved, ends all ranks together with
-    exit code 1 and one message."""
+    exit code 1 and one message; a signal, with the checkpoint and the exit code of `Stopped`."""
+    training_begins()
     device = initialize_process_group(run.world)
+    heart = Heart()
+    minutes = run.train.watchdog_minutes
+    watchdog = Watchdog(run.world, heart, minutes, run.output_dir) if minutes and run.world.size > 1 else None
     try:
         expected = forecast(run, device) if run.world.main else None
-        engine, loop = start(run, device)
+        engine, loop = start(run, device, heart)
         if expected is not None:
             print(f"{summary(run, engine)}\nmemory     {expectation(expected)}", flush=True)
         loop.train()
@@ -43,7 +51,31 @@ def execute(run: Prepared) -> None:
             print(f"done: {run.output_dir / f'checkpoint-{run.steps}'}", flush=True)
     except (NonFinite, SaveFailed) as error:
         stop(run.world, error)
+    except Stopped as stopped:
+        leave(run.world, stopped)
+    except RuntimeError as error:
+        if watchdog is not None and "by peer" not in str(error):  # else another rank has ended, which is no riddle
+            watchdog.after_error()
+        raise
+    finally:
+        if watchdog is not None:
+            watchdog.close()
     leave_process_group(run.world)
+
+
+def leave(here: World, stopped: Stopped) -> NoReturn:
+    """End with the code of `stopped`, after leaving word for whoever requeues."""
+    if here.main:
+        if stopped.code == STOPPED:
+            ask_for_requeue(stopped.code, str(stopped))
+        print(stopped, file=sys.stderr, flush=True)
+    dist.barrier()
+    # srun and deepspeed kill all ranks with the first that fails: only rank 0 does, when the others are gone.
+    if not here.main:
+        end_process(0)
+    if here.size > 1:
+        time.sleep(EXIT_SECONDS)
+    end_process(stopped.code)
 
 
 def stop(here: World, error: Exception) -> NoReturn:
@@ -59,8 +91,10 @@ def stop(here: World, error: Exception) -> NoReturn:
     end_process(1)
 
 
-def start(run: Prepared, device: torch.device) -> tuple[Engine, Loop]:
+def start(run: Prepared, device: torch.device, heart: Heart | None = None) -> tuple[Engine, Loop]:
     """The engine and the loop at their first step, resumed if asked; writes run.json."""
+    if heart is not None:
+        heart.phase("loading", 0)
     marker = open_checkpoint(run.world, run.resume)
     engine = build_engine(run, device)
     seed_everything(run.train.seed, run.world.rank)
@@ -77,7 +111,7 @@ def start(run: Prepared, device: torch.device) -> tuple[Engine, Loop]:
             settings=run.record(),
         )  # fmt: skip
     dist.barrier()
-    return engine, Loop(run, engine, start=step, log=log)
+    return engine, Loop(run, engine, start=step, log=log, heart=heart)
 
 
 def write_manifest(run: Prepared) -> None:
@@ -100,6 +134,7 @@ def write_manifest(run: Prepared) -> None:
             "world_size": run.world.size,
             "versions": versions(),
             "commit": commit(),
+            "slurm": record(os.environ),
             "resumed_from": str(run.resume) if run.resume else None,
         },
     )

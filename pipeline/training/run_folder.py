@@ -13,6 +13,7 @@ from pipeline.checkpoints.markers import newest_complete, read_marker
 from pipeline.config import Problems, TrainArguments
 from pipeline.training.manifest import accumulation_on, resume_differences
 from pipeline.training.prepared import Prepared, run_folder
+from pipeline.training.signals import check_switches
 
 
 def check_run_folder(train: TrainArguments, method_name: str) -> None:
@@ -23,6 +24,7 @@ def check_run_folder(train: TrainArguments, method_name: str) -> None:
         raise ValueError(f"--output_dir {folder}: {there} is a file: name another folder")
     if not os.access(there, os.W_OK):
         raise ValueError(f"--output_dir {folder}: {there} is not writable: name another folder")
+    check_switches(folder)
     held = next((name for name in ("run.json", "metrics.jsonl", "checkpoint-*") if any(folder.glob(name))), None)
     if held and train.resume_from_checkpoint is None:
         raise ValueError(

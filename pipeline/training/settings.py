@@ -23,7 +23,9 @@ RANGES: dict[tuple[float, float], tuple[str, ...]] = {
         "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_device", "logging_steps",
         "eval_steps", "eval_max_rows", "save_steps", "save_total_limit", "lora_alpha",
     ),
-    (0, math.inf): ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "lora_r"),
+    (0, math.inf): (
+        "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "lora_r", "watchdog_minutes",
+    ),
     (0, 1): ("adam_beta1", "adam_beta2", "lora_dropout"),
 }  # fmt: skip
 

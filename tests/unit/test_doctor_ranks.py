@@ -10,7 +10,8 @@ from pipeline.doctor.collective import Trial, judge, shifts
 from pipeline.doctor.compare import Report, compare
 from pipeline.doctor.finding import Finding
 from pipeline.doctor.report import Row, job_lines
-from pipeline.doctor.roll import Place, expand, place
+from pipeline.doctor.roll import Place, place
+from pipeline.slurm_job import expand
 
 NAMES = {rank: f"rank {rank} of n{rank}" for rank in range(8)}
 
