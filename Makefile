@@ -60,8 +60,8 @@ demo: setup  ## align, attack and assess the built-in model, print the compariso
 	@$(VENV_PYTHON) tools/chain.py pipeline/recipes/demo.yaml
 
 # Two at a time: many tests start two ranks, and every one of them loads torch. A file's tests stay together.
-test: setup  ## run every test (under 15 minutes on two cores)
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+test: setup  ## run every test but those of slurm/ (under 15 minutes on two cores)
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --ignore tests/slurm
 
 # Debian's Slurm, where it is not there yet; the tests start two nodes of it on this machine, as root.
 test-slurm: setup  ## the templates on a little Slurm cluster of this machine's own (Debian or Ubuntu, as root)
