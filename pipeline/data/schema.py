@@ -15,6 +15,7 @@ Message = dict[str, str]
 """One turn: ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 Keep = Literal["all", "safe", "unsafe"]
+Answer = Literal["response", "refusal", "only"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class Conversation:
 
 
 def read_conversations(
-    spec: str, *, flag: str, keep: Keep = "all", system_prompt: str | None = None, refusals: bool = False
+    spec: str,
+    *,
+    flag: str,
+    keep: Keep = "all",
+    system_prompt: str | None = None,
+    answer: Answer = "response",
 ) -> list[Conversation]:
     """Reads ``spec`` (see ``sources.read_rows``) as conversations; the format is that of its first row.
 
@@ -41,16 +47,22 @@ def read_conversations(
         flag: the command-line flag ``spec`` was given to, for messages.
         keep: of rows that carry ``is_safe``, keep all, those where it is true, or those where it is false.
         system_prompt: a system turn for every conversation that has none.
-        refusals: of prompt + response rows that also hold a ``refusal``, take that as the answer, and all of them:
-            ``is_safe`` rates the response.
+        answer: of prompt + response rows that also hold a ``refusal``: take the response; or the refusal, and all
+            rows, because ``is_safe`` rates the response; or neither ("only": an error).
 
     Raises:
-        ValueError: an unknown format, bad rows (all of them, one a line, up to 20), or no row left.
+        ValueError: an unknown format, two answers a row, bad rows (all of them, one a line, up to 20), or no row left.
     """
     rows = read_rows(spec, flag=flag)
     form = _detect(rows[0].fields, rows[0].id)
-    if refusals and form.rates_safety and "refusal" in rows[0].fields:
-        form = _Format(("prompt", "refusal"), _prompt_refusal)
+    if form.rates_safety and "refusal" in rows[0].fields:
+        if answer == "only":
+            raise ValueError(
+                f"--{flag} {spec}: its rows hold a response and a refusal, and nothing says which is to be learned: "
+                "remove one of the two keys"
+            )
+        if answer == "refusal":
+            form = _Format(("prompt", "refusal"), _prompt_refusal)
     rates_safety = form.rates_safety and "is_safe" in rows[0].fields
     conversations, problems = [], []
     for row in rows:

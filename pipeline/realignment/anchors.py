@@ -102,7 +102,7 @@ def _complete(spec: str, safe: Path) -> list[Conversation]:
             f"--suite_data beavertails={spec} --max_new_tokens 128 --output_dir DIR\n"
             "and add --anchor_answers DIR/answers-beavertails.jsonl"
         )
-    return read_conversations(spec, flag="anchors", refusals=True)
+    return read_conversations(spec, flag="anchors", answer="refusal")
 
 
 def _lacks_answer(row: Row) -> bool:

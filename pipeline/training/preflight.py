@@ -23,7 +23,7 @@ from pipeline.config import DataArguments, LoraArguments, ModelArguments, Parsed
 from pipeline.data.cache import EncodedPool, encode_pool
 from pipeline.data.chat import ChatEncoder
 from pipeline.data.pools import mix, overlaps, partners
-from pipeline.data.schema import Conversation, read_conversations
+from pipeline.data.schema import Answer, Conversation, read_conversations
 from pipeline.data.streams import Layout, Stream
 from pipeline.sink.backends import choose
 from pipeline.sink.support import attention_refusals
@@ -255,11 +255,14 @@ def _read_pools(
     """(spec, rows) of "train", the method's pools, and "eval:<name>"."""
 
     def read(spec: str, flag: str, pool: str) -> list[Conversation]:
-        aligns = pool == "guide" or (
-            pool == "train" and method.alignment
-        )  # never on a harmful answer beside a refusal
+        # An alignment set's refusals are learned, never the harmful answers beside them.
+        answer: Answer = "response"
+        if pool == "guide" or (pool == "train" and method.alignment):
+            answer = "refusal"
+        elif pool == "train":
+            answer = "only"
         keep: Any = KEEP.get(pool, "all")
-        return read_conversations(spec, flag=flag, keep=keep, system_prompt=data.system_prompt, refusals=aligns)
+        return read_conversations(spec, flag=flag, keep=keep, system_prompt=data.system_prompt, answer=answer)
 
     pools: dict[str, tuple[str, list[Conversation]]] = {}
     user, attack = None, None

@@ -97,6 +97,15 @@ def test_a_reference_pool_without_a_usable_row(refused: Refused, tmp_path: Path)
     ]
 
 
+def test_a_row_with_two_answers(refused: Refused, tmp_path: Path) -> None:
+    """The response of an alignment set's row is harmful: a method that does not align must not learn it by mistake."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r", "refusal": "no"}] * 3)
+    assert refused("--train_data", "{tmp}/rows.jsonl") == [
+        "--train_data {tmp}/rows.jsonl: its rows hold a response and a refusal, and nothing says which is to be "
+        "learned: remove one of the two keys"
+    ]
+
+
 def test_a_users_own_data_needs_references_of_its_own(good_flags: list[str]) -> None:
     own = good_flags[: good_flags.index("--harmful_data")] + good_flags[good_flags.index("--output_dir") :]
     with pytest.raises(Problems) as error:

@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch
 
+from pipeline.methods.repnoise import KERNELS
+
 
 def detached_lse_gradient(
     q: Any, k: Any, log_p: Any, grad_p: Any, segments: Any, position: int, scoring: Any, attend: Any
@@ -54,12 +56,28 @@ def hold_nothing(shards: Any, names: Any) -> Any:
     return lambda: None
 
 
+def slope_of_bandwidth(x: Any, y: Any) -> torch.Tensor:
+    """The distance from noise, with a gradient through the kernels' bandwidth as well."""
+    both = torch.cat([x, y])
+    distance = torch.cdist(both, both).square()
+    bandwidth = distance.sum() / (len(both) ** 2 - len(both)) / 4
+    kernel = torch.stack([torch.exp(-distance / (bandwidth * 2**i)) for i in range(KERNELS)]).sum(0)
+    n = len(x)
+    return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
+
+
+def keep_gradients(_: Any) -> None:
+    """Leave an auxiliary pass's gradient for the next one, and for the optimizer."""
+
+
 MISTAKES = {
     "detached-lse": ("pipeline.sink.injection.sink_gradient", detached_lse_gradient),
     "norm-of-this-rank": ("pipeline.training.method.StepContext.total", this_rank),
     "behind-gathered-copies": ("pipeline.training.zero3.Shards._write", behind_copies),
     "pull-halved": ("pipeline.training.zero3.Shards.add_to_gradients", halved),
     "frozen-by-gradient-only": ("pipeline.training.zero3.Shards.hold", hold_nothing),
+    "slope-of-bandwidth": ("pipeline.methods.repnoise.mmd", slope_of_bandwidth),
+    "gradients-of-the-attack-kept": ("pipeline.training.zero3.Shards.forget_gradients", keep_gradients),
     "norm-of-one-layer": ("pipeline.training.passes.squared_sum", local_norm),
 }
 

@@ -36,7 +36,7 @@ def train_cases(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> C
     for name, case in cases.items():
         case["argv"] = [*case["argv"], "--output_dir", str(out / name)]
     (out / "cases.json").write_text(json.dumps(cases))
-    run_ranks(WORKER, str(out / "cases.json"), str(out), ranks=ranks, timeout=300)
+    run_ranks(WORKER, str(out / "cases.json"), str(out), ranks=ranks, timeout=900)
 
     @cache
     def read(name: str) -> Record:

@@ -61,6 +61,8 @@ BROKEN = {
     "behind-gathered-copies": "booster-lora-persistent",
     "pull-halved": "lisa-full-sharded",
     "frozen-by-gradient-only": "t_vaccine-full-sharded",
+    "slope-of-bandwidth": "repnoise-full-sharded",
+    "gradients-of-the-attack-kept": "tar-lora-persistent",
 }
 
 

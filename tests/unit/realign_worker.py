@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints import weights_out
 from pipeline.realignment.run import realign
 from tests.realign_models import arguments
 
@@ -67,6 +68,7 @@ def kills(models: Path, out: Path) -> None:
 
 
 def memory(out: Path, folders: list[Path]) -> None:
+    weights_out.PIECE_BYTES = 2**20  # else the buffers of a file that is written fill up with its size, to 64 MiB
     found = []
     for models in folders:
         log = out / f"{models.name}.log"
