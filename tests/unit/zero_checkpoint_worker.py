@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from pipeline.checkpoints.markers import write_complete_marker
-from pipeline.training.distributed import world
+from pipeline.training.distributed import initialize_process_group, world
 from tests import tiny
 from tests.ranks import end_rank
 
@@ -101,7 +101,8 @@ def train_with_transformers(base: Path, folder: Path) -> None:
 def main() -> None:
     """Make every case in one process group: starting the ranks takes longest."""
     out = Path(sys.argv[1])
-    deepspeed.init_distributed("gloo", verbose=False)
+    here = world()
+    initialize_process_group(here)
     rank = torch.distributed.get_rank()
     bases = {"untied": tiny.tiny_llama, "tied": tiny.tiny_qwen2, "moe": tiny_mixtral}
     if rank == 0:
@@ -126,7 +127,7 @@ def main() -> None:
         if rank == 0:
             write_complete_marker(folder, step=2, world_size=2, attacked=False)
     train_with_transformers(out / "base-untied", out / "trainer")
-    end_rank(world())
+    end_rank(here)
 
 
 if __name__ == "__main__":
