@@ -1,4 +1,4 @@
-"""How large a run's checkpoint is, from counts alone, and whether a disk has room for it."""
+"""How large a run's checkpoint is, from counts alone, and whether a disk has room."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def checkpoint_bytes(*, trained: int, tensors: int, ranks: int, kept: int = 0) -
     return (_ELEMENT + 4 * kept) * (trained + padding) + ranks * (_RANK + tensors * _TENSOR) + _FIXED
 
 
-def require_space(folder: Path, needed: int, *, flag: str) -> None:
+def require_space(folder: Path, needed: int, *, flag: str, what: str) -> None:
     """Errors: ValueError if the disk of `folder` (which need not exist yet) has less than `needed` bytes free, naming
-    the flag and both figures."""
+    the flag, what needs them and both figures."""
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ValueError(
-            f"{flag} {folder}: a checkpoint takes {shown(needed)}, and {shown(free)} are free there: free some, or "
+            f"{flag} {folder}: {what} takes {shown(needed)}, and {shown(free)} are free there: free some, or "
             "name a folder on another disk"
         )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -70,17 +68,6 @@ def make_plan(
         update=workers * (max(_update(parts, tokens) for parts in maps.values()) + 4 * PIECE_BYTES),
         scratch=2 * _FP32 * anchors.total * width + max(outputs.values()),
     )
-
-
-def require_scratch(folder: Path, needed: int) -> None:
-    """Errors: ValueError if the disk of `folder` (which need not exist yet) has less free."""
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ValueError(
-            f"--work_dir {folder}: {shown(needed)} of scratch are needed beside the subspaces, and {shown(free)} are "
-            "free there; make room or name a folder on another disk"
-        )
 
 
 def _subspace(each: LinearMap, tokens: int) -> int:

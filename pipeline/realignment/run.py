@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from pipeline.checkpoints.convert import DTYPES
 from pipeline.checkpoints.model_folder import empty_model
 from pipeline.checkpoints.out_folder import OutFolder, fingerprint
+from pipeline.checkpoints.space import require_space
 from pipeline.realignment import subspace
 from pipeline.realignment.anchors import Anchors, read_anchors
 from pipeline.realignment.arguments import RealignArguments
@@ -26,7 +27,7 @@ from pipeline.realignment.collect import collect
 from pipeline.realignment.layers import LayerByLayer
 from pipeline.realignment.maps import decoder_layers
 from pipeline.realignment.models import Models, open_models
-from pipeline.realignment.plan import make_plan, require_scratch
+from pipeline.realignment.plan import make_plan
 from pipeline.realignment.report import describe, warnings, write_report
 from pipeline.realignment.update import Lssf, Resta
 from pipeline.realignment.write import Changes, write_adapter, write_model
@@ -56,7 +57,7 @@ def realign(arguments: RealignArguments) -> Realigned | None:
         layers = decoder_layers(empty_model(models.safe_folder), models.safe_folder)[1]
         plan = make_plan(layers, models.maps, anchors, workers=arguments.workers)
         _say(plan.line())
-        require_scratch(work, plan.scratch)
+        require_space(work, plan.scratch, flag="--work_dir", what="scratch beside the subspaces")
     if arguments.dry_run:
         return None
     source = fingerprint(models.files, "realign", *_decisive(arguments), anchors.digest if anchors else None)

@@ -166,7 +166,7 @@ def check_space(run: Prepared) -> int:
     freed = sum(
         file.stat().st_size for each in leftovers(run.output_dir) for file in each.rglob("*") if file.is_file()
     )
-    require_space(run.output_dir, needed - freed, flag="--output_dir")
+    require_space(run.output_dir, needed - freed, flag="--output_dir", what="a checkpoint")
     return needed
 
 

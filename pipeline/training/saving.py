@@ -42,7 +42,7 @@ def save(run: Prepared, engine: Engine, step: int) -> Path:
 
     def make_room() -> None:
         remove_leftovers(run)
-        require_space(run.output_dir, run.checkpoint_bytes, flag="--output_dir")
+        require_space(run.output_dir, run.checkpoint_bytes, flag="--output_dir", what="a checkpoint")
         (partial / _tag(step)).mkdir(parents=True)
 
     def write() -> None:

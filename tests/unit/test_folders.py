@@ -72,8 +72,8 @@ def test_the_checkpoint_just_written_is_kept_even_below_later_ones(tmp_path: Pat
 
 
 def test_a_disk_without_room_names_both_figures(tmp_path: Path) -> None:
-    require_space(tmp_path / "not" / "there", 1, flag="--output_dir")
+    require_space(tmp_path / "not" / "there", 1, flag="--output_dir", what="a checkpoint")
     with pytest.raises(
         ValueError, match=r"--output_dir .*/run: a checkpoint takes 1048576\.0 GiB, and \d+\.\d GiB are"
     ):
-        require_space(tmp_path / "run", 2**50, flag="--output_dir")
+        require_space(tmp_path / "run", 2**50, flag="--output_dir", what="a checkpoint")

@@ -327,6 +327,6 @@ class TestFolders:
         free = shutil.disk_usage(models)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
         assert re.search(
-            r"--work_dir .*: \d+\.\d MiB of scratch are needed beside the subspaces, and 0\.0 MiB are free",
+            r"--work_dir .*: scratch beside the subspaces takes \d+\.\d MiB, and 0\.0 MiB are free there",
             refused(models),
         )
