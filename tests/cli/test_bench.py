@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data.chat import IGNORE, Example
 from pipeline.data.packing import pack
+from pipeline.methods import METHODS
 from pipeline.sink.attention import register
 from pipeline.sink.divergence import SinkStep, penalty
 from pipeline.sink.layout import Segments
@@ -102,6 +103,26 @@ def test_a_report_names_machine_versions_and_settings(step: dict[str, Any]) -> N
     assert step["versions"]["torch"] == torch.__version__
     assert step["settings"]["bf16"] is False
     assert step["device"] == "cpu"
+
+
+def test_every_method_is_measured_beside_sft(sharp_dir: Path, tmp_path: Path) -> None:
+    done = bench(
+        "methods", "--model_name_or_path", sharp_dir, "--texts", 2, "--tokens", 64, "--inner_steps", 2,
+        "--repeats", 1, "--output", tmp_path / "methods.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "methods.json").read_text())["methods"]
+    assert list(found) == list(METHODS)
+    assert found["sft"]["ratio"]["step"]["median"] == 1
+    for name, each in found.items():
+        assert f"| {name} " in done.stdout
+        assert 0 < each["seconds"]["passes"][0] < each["seconds"]["step"][0], name
+        assert each["peak_bytes"] > 0, name
+    # Lisa keeps the weights of its last switch of states, TAR those it started from.
+    copy = 4 * sum(each.numel() for each in sharp_llama().parameters())
+    assert found["sft"]["kept_bytes"] < 0.1 * copy
+    for name in ("lisa", "tar"):
+        assert found[name]["kept_bytes"] == pytest.approx(copy, rel=0.1), name
 
 
 def example(name: str, generator: torch.Generator, tokens: int, prompt: int) -> Example:

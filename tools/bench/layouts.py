@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def resolve(setting: Setting, layout: Layout) -> dict[str, Prepared]:
         ("harmful", layout.references // 2, layout.reference_tokens),
         ("harmless", layout.references // 2, layout.reference_tokens),
     ):
-        _write_rows(folder / f"{pool}.jsonl", pool, rows, tokens, _words_of(setting.model, tokens))
+        write_rows(folder / f"{pool}.jsonl", (pool, pool), rows, tokens, words_of(setting.model, tokens))
     # A learning rate of 0 costs what any other does, and leaves the same weights to every step.
     flags = {
         "method": "surgery", "model_name_or_path": setting.model, "ds_config": setting.ds_config, "bf16": setting.bf16,
@@ -115,8 +114,8 @@ def trained_tokens(run: Prepared) -> int:
     return run.streams["train"].trained_tokens(0)
 
 
-def _words_of(model: str, tokens: int) -> tuple[int, int]:
-    """Words of a prompt that fills its share of the row, and of an answer that is certainly too long."""
+def words_of(model: str, tokens: int) -> tuple[int, int]:
+    """Words of a prompt that fills its share of a row of `tokens`, and of an answer that is certainly too long."""
     from transformers import AutoTokenizer
 
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(model), max_length=tokens)
@@ -128,18 +127,18 @@ def _words_of(model: str, tokens: int) -> tuple[int, int]:
     return max(1, int((PROMPT_SHARE * tokens - template) / a_word)), tokens
 
 
-def _write_rows(path: Path, pool: str, rows: int, tokens: int, words: tuple[int, int]) -> None:
-    generator = random.Random(f"{pool} {tokens}")
-    path.write_text("".join(_lines(generator, rows, words)), encoding="utf-8")
-
-
-def _lines(generator: random.Random, rows: int, words: tuple[int, int]) -> Iterable[str]:
-    for _ in range(rows):
-        turns = [
-            {"role": role, "content": _text(generator, count)}
-            for role, count in zip(("user", "assistant"), words, strict=True)
-        ]
-        yield json.dumps({"messages": turns}) + "\n"
+def write_rows(path: Path, seeds: tuple[str, str], rows: int, tokens: int, words: tuple[int, int]) -> None:
+    """Rows of one turn each. `seeds`: of the prompts and of the answers; pools with one seed have the same texts.
+    `words`: of a prompt and of an answer."""
+    turns = [
+        (role, random.Random(f"{role} {seed} {tokens}"), count)
+        for role, seed, count in zip(("user", "assistant"), seeds, words, strict=True)
+    ]
+    lines = (
+        json.dumps({"messages": [{"role": role, "content": _text(drawn, count)} for role, drawn, count in turns]})
+        for _ in range(rows)
+    )
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _text(generator: random.Random, words: int) -> str:
@@ -156,8 +155,9 @@ def model_config(path: str) -> Any:
         raise ValueError(f"--model_name_or_path {path}: {str(error).splitlines()[0]}") from error
 
 
-def cut_model(name_or_path: str, layers: int, folder: Path) -> str:
+def cut_model(name_or_path: str, layers: int | None, folder: Path) -> str:
     """The model's folder; of a model with more layers than `layers`, a copy below `folder` with only the first ones.
+    None keeps all.
 
     Errors: ValueError where transformers cannot load the model.
     """
@@ -166,7 +166,7 @@ def cut_model(name_or_path: str, layers: int, folder: Path) -> str:
     source = resolve_model(name_or_path)
     config = model_config(source)
     text = config.get_text_config()
-    if layers >= text.num_hidden_layers:
+    if layers is None or layers >= text.num_hidden_layers:
         return source
     target = folder / f"{layers}-layers"
     if not target.is_dir():

@@ -6,6 +6,7 @@ the resident set of the process does not, because freed pages stay with it.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -33,3 +34,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def live_bytes(device: torch.device) -> int:
+    """What all tensors of a device hold that Python can reach; views and shared storages count once."""
+    gc.collect()
+    storages = (
+        each.untyped_storage()
+        for each in gc.get_objects()
+        if isinstance(each, torch.Tensor) and each.device.type == device.type
+    )
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())

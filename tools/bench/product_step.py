@@ -38,11 +38,13 @@ class TimedMethod(Method):
 
 @dataclass
 class ProductStep:
-    """Calls are training steps of one run on an engine, which several runs may share. `values`: the last step's."""
+    """Calls are training steps of one run on an engine, which several runs may share. `values`: the last step's.
+    at: the step of the run that every call takes: the same rows."""
 
     loop: Loop
     method: TimedMethod
     values: dict[str, float]
+    at: int = 0
 
     @classmethod
     def of(cls, run: Prepared, engine: Engine) -> ProductStep:
@@ -60,7 +62,7 @@ class ProductStep:
     def __call__(self) -> Seconds:
         """One step; returns its times."""
         device = self.loop.engine.device
-        self.loop.step = 0  # the same rows at every call
+        self.loop.step = self.at
         began = clock(device)
         norm = self.loop.train_step()
         whole = clock(device) - began
