@@ -87,23 +87,26 @@ def write_trained(folder: Path, ratio: float, method: str = "sft", *, end: float
     return write_json(folder / "run.json", record | {"steps": 9, "seed": 1, "commit": "abc"})
 
 
-def sweep_rows(folder: Path, ratios: Sequence[int] = (0, 10, 20)) -> list[str]:
-    """What --rows of compare.py is given for a sweep with one control."""
+def sweep_rows(folder: Path, ratios: Sequence[int] = (0, 10, 20), defenses: Sequence[str] = ("Surgery",)) -> list[str]:
+    """What --rows of compare.py is given for a sweep of defenses with one control each."""
     rows = []
     for ratio in ratios:
+
+        def judged(name: str, k: int, ratio: int = ratio) -> Path:
+            return write_judged(folder / f"{name}_judged{ratio}", first(min(k, 60), 60), first(97, 100))
+
         sft = write_trained(folder / f"sft{ratio}", ratio / 100)
-        surgery = write_trained(folder / f"surgery{ratio}", ratio / 100, "surgery", end=3.0)
         sinks = write_json(folder / f"sinks{ratio}" / "sinks.json", measurement(4, 6))
-        step = {"checkpoint": "x", "run": "sft", "like": surgery.name, "step": 6, "metric": "eval_poisoned_loss"}
-        values = {"value": 3.2, "target": 3.0, "gap": 0.2, "bracket": [[6, 3.2]], "in_range": True}
-        match = write_json(folder / f"match{ratio}" / "match.json", step | values)
-        judged = [
-            write_judged(folder / f"{name}_judged{ratio}", first(min(k, 60), 60), first(97, 100))
-            for name, k in (("sft", 3 * ratio), ("surgery", 0), ("control", ratio // 10))
-        ]
-        rows += [
-            f"SFT, {ratio} %=assess:{judged[0]};sinks:{sinks};run:{sft}",
-            f"Surgery, {ratio} %=assess:{judged[1]};sinks:{sinks};run:{surgery}",
-            f"SFT at Surgery's poisoned loss, {ratio} %=assess:{judged[2]};run:{sft};match:{match}",
-        ]
+        rows.append(f"SFT, {ratio} %=assess:{judged('sft', 3 * ratio)};sinks:{sinks};run:{sft}")
+        for defense in defenses:
+            name = defense.lower()
+            trained = write_trained(folder / f"{name}{ratio}", ratio / 100, "surgery", end=3.0)
+            step = {"checkpoint": "x", "run": sft.name, "like": trained.name, "step": 6}
+            values = {"metric": "eval_poisoned_loss", "value": 3.2, "target": 3.0, "gap": 0.2, "bracket": [[6, 3.2]]}
+            match = write_json(folder / f"{name}_match{ratio}" / "match.json", step | values | {"in_range": True})
+            control = judged(f"{name}_control", ratio // 10)
+            rows += [
+                f"{defense}, {ratio} %=assess:{judged(name, 0)};sinks:{sinks};run:{trained}",
+                f"SFT at {defense}'s poisoned loss, {ratio} %=assess:{control};run:{sft};match:{match}",
+            ]
     return rows

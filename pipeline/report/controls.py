@@ -6,21 +6,20 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.report.comparison import Row
 from pipeline.report.paired import Paired, p_text
+from pipeline.report.trials import trials
 
 OUTCOMES = ("significantly lower", "significantly higher", "no significant difference")
 
 
 def beyond_slower_learning(rows: Sequence[Row], found: Sequence[Paired]) -> list[str]:
-    """A sentence for each harmful score of each defense and control, over all ratios of a sweep. A row with a match is
-    the control of the row whose run the match was made with."""
-    runs = {folder.name: row for row in rows if not row.matches for folder in row.folders.get("run", [])}
+    """A sentence for each harmful score of each defense and control, over all ratios of a sweep."""
     groups: dict[tuple[str, str, str], list[tuple[Paired, str]]] = {}
-    for control in rows:
-        for match in control.matches[:1]:
-            if (defense := runs.get(match.like)) is not None:
-                for each in _harmful(found, {control.name, defense.name}):
-                    names = (each.score.replace("_", " "), defense.series, control.series)
-                    groups.setdefault(names, []).append((each, defense.name))
+    for trial in trials(rows):
+        defense = trial.defense
+        for control in trial.controls:
+            for each in _harmful(found, {control.name, defense.name}):
+                names = (each.score.replace("_", " "), defense.series, control.series)
+                groups.setdefault(names, []).append((each, defense.name))
     return [_sentence(*names, pairs) for names, pairs in groups.items()]
 
 

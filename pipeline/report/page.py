@@ -20,7 +20,7 @@ from pipeline.report.heatmap import limit, thumbnail
 from pipeline.report.html import base64_text, render
 from pipeline.report.intervals import Z_95
 from pipeline.report.paired import Paired, compare, p_text
-from pipeline.report.poison import panel, panels, points
+from pipeline.report.poison import panels, points
 from pipeline.report.provenance import provenance
 from pipeline.report.records import read_json
 from pipeline.report.summary import markdown_report
@@ -171,11 +171,7 @@ def _sweep(rows: Sequence[Row], drawn: Mapping[str, Style]) -> dict[str, Any] | 
     found = points(rows)
     if not found:
         return None
-    names = list(dict.fromkeys(row.series for row in found))
-    return {
-        "names": names,
-        "panels": {s: svg(panel(found, s, drawn), f"sweep{i}") for i, s in enumerate(panels(found))},
-    }
+    return {"panels": {each.title: svg(each.figure(), f"sweep{i}") for i, each in enumerate(panels(found, drawn))}}
 
 
 def _maps(rows: Sequence[Row]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 Prompts that both models answer the same way say nothing about which is better, so only those with different verdicts
 are counted: under the null hypothesis each model has the count in half of them. Several seeds are pooled, a pair for
 each prompt and seed; their answers to one prompt are alike, so with seeds the p-value is smaller than fresh prompts
-would give, and says nothing about other seeds. Holm's correction is made over all pairs of models of one score.
+would give, and says nothing about other seeds. Holm's correction is made over all tests of one score.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.report.comparison import Row, scores_by_name
 from pipeline.report.records import read_json, read_lines
 from pipeline.report.significance import LEVEL, holm, sign_test
+from pipeline.report.trials import trials
 
 UNPARSED = "unparsed"
 """The verdict where a judge's answer could not be read; it is in no share."""
@@ -71,7 +72,8 @@ def p_text(p: float) -> str:
 
 
 def compare(rows: Sequence[Row]) -> tuple[list[Paired], list[str]]:
-    """Every two models of one poison ratio (without a sweep: every two models), by score in the table's order; and, of
+    """By score in the table's order, the tests of every two models; of a sweep only those it is made for: each defense
+    beside plain training and beside its controls, or without controls every two models of one poison ratio. And, of
     what cannot be paired, why. Errors: ValueError for a file of verdicts that cannot be read."""
     judged = {row.name: _Judged(row) for row in rows}
     scores = list(dict.fromkeys(name for row in rows for name in row.shares))
@@ -92,6 +94,12 @@ def compare(rows: Sequence[Row]) -> tuple[list[Paired], list[str]]:
 
 def _pairs(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     sweep = any(row.poison_percent is not None for row in rows)
+    if sweep and (found := trials(rows)):
+        for trial in found:
+            if trial.plain is not None:
+                yield trial.plain, trial.defense
+            yield from ((trial.defense, control) for control in trial.controls)
+        return
     for first, second in combinations(rows, 2):
         if not sweep or (first.poison_percent is not None and first.poison_percent == second.poison_percent):
             yield first, second

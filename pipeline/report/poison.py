@@ -5,12 +5,14 @@ defense's, what lies between it and plain SFT is slower learning."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.report.comparison import Row
 from pipeline.report.figures import GRID, INK, Style, new_axes, new_figure, percent, png, styles
 from pipeline.report.files import write_bytes
+from pipeline.report.trials import trials
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,31 @@ if TYPE_CHECKING:
 
 SCORES = ("harmful_score", "accuracy")
 NAME = "poison_sweep.png"
+CROWDED = 2  # more defenses than this get a panel each
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One share of the models that are compared with each other; `legend`: not shared with the other panels."""
+
+    title: str
+    share: str
+    rows: list[Row]
+    drawn: Mapping[str, Style]
+    legend: bool
+
+    def figure(self) -> Figure:
+        """This panel alone: for a page."""
+        figure, axes = new_figure(4.4, 3.1)
+        self.draw(axes)
+        return figure
+
+    def draw(self, axes: Axes) -> None:
+        """Into axes that are given."""
+        _draw(axes, self.rows, self.share, self.drawn)
+        if self.legend:
+            axes.set_title(self.title, color=INK, fontsize=10)
+            axes.legend(frameon=False, fontsize=7, labelcolor=INK, handlelength=2.4)
 
 
 def points(rows: Sequence[Row]) -> list[Row]:
@@ -26,37 +53,50 @@ def points(rows: Sequence[Row]) -> list[Row]:
     return found if len({row.poison_percent for row in found}) > 1 else []
 
 
-def panels(rows: Sequence[Row]) -> list[str]:
-    """The shares that are drawn: every harmful score and every accuracy."""
-    names = dict.fromkeys(name for row in rows for name in row.shares)
-    return [name for score in SCORES for name in names if name.split()[-1] == score]
-
-
-def panel(rows: Sequence[Row], share: str, drawn: Mapping[str, Style]) -> Figure:
-    """One share alone, without a legend: for a page."""
-    figure, axes = new_figure(4.4, 3.1)
-    _draw(axes, rows, share, drawn)
-    return figure
+def panels(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[Panel]:
+    """Every harmful score and every accuracy, all models in one; of many defenses the harmful scores alone, each
+    defense with plain training and its controls. A single ratio is no line."""
+    found = points(rows)
+    lines = {
+        name
+        for name in (row.series for row in found)
+        if len({r.poison_percent for r in found if r.series == name}) > 1
+    }
+    found = [row for row in found if row.series in lines]
+    shares = dict.fromkeys(name for row in found for name in row.shares)
+    chosen = [name for score in SCORES for name in shares if name.split()[-1] == score]
+    groups: dict[str, set[str]] = {}
+    for trial in trials(found):
+        beside = [trial.defense, *trial.controls, *([] if trial.plain is None else [trial.plain])]
+        groups.setdefault(trial.defense.series, set()).update(row.series for row in beside)
+    if len(groups) <= CROWDED:
+        return [Panel(share, share, found, drawn, legend=False) for share in chosen]
+    result = []
+    for share in (each for each in chosen if each.split()[-1] == SCORES[0]):
+        for name, names in groups.items():
+            own = [row for row in found if row.series in names]
+            result.append(Panel(name, share, own, styles(row.series for row in own), legend=True))
+    return result
 
 
 def write_poison_sweep(rows: Sequence[Row], output_dir: Path) -> None:
     """Writes poison_sweep.png if the rows are of a sweep."""
-    found = points(rows)
-    shares = panels(found)
-    if not shares:
+    found = panels(rows, styles(row.series for row in points(rows)))
+    if not found:
         return
-    columns = min(len(shares), 2)
-    lines = -(-len(shares) // columns)
+    columns = min(len(found), 3 if found[0].legend else 2)
+    lines = -(-len(found) // columns)
     figure, grid = new_axes(4.2 * columns, 3.3 * lines + 0.5, lines, columns)
-    drawn = styles(row.series for row in rows)
-    for axes, share in zip(grid, shares, strict=False):
-        _draw(axes, found, share, drawn)
-    for axes in grid[len(shares) :]:
+    for axes, panel in zip(grid, found, strict=False):
+        panel.draw(axes)
+    for axes in grid[len(found) :]:
         axes.remove()
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK, handlelength=2.8
-    )
+    if not found[0].legend:
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK,
+            handlelength=2.8,
+        )  # fmt: skip
     write_bytes(output_dir / NAME, png(figure))
 
 

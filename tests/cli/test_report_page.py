@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from pipeline.report.comparison import read_rows
+from pipeline.report.figures import styles
 from pipeline.report.page import write_report
+from pipeline.report.poison import panels
 from tests.browser import browse, dom, needs_browser
 from tests.reports import first, share, sweep_rows, write_judged
 
@@ -138,6 +140,27 @@ def test_a_sweep_is_drawn_with_its_control_as_a_line_of_its_own(sweep: Path, tmp
     low, high = share(0, 60)["low"], share(0, 60)["high"]
     assert "| Surgery, 20 %" in report
     assert f"0.0% [{low:.1%}, {high:.1%}]" in report
+
+
+def test_many_defenses_get_a_panel_each(tmp_path: Path) -> None:
+    """With SFT and the own control; what was run at one ratio alone is in no panel."""
+    rows = sweep_rows(tmp_path, (0, 10, 20), ("Surgery", "Booster", "Lisa"))
+    rows += sweep_rows(tmp_path / "lone", (10,), ("Lone",))[1:]
+    drawn = read_rows(rows)
+    found = panels(drawn, styles(row.series for row in drawn))
+    assert [each.title for each in found] == ["Surgery", "Booster", "Lisa"]
+    for each in found:
+        assert list(dict.fromkeys(row.series for row in each.rows)) == [
+            "SFT", each.title, f"SFT at {each.title}'s poisoned loss",
+        ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "tools/compare.py", "--rows", *rows, "--output_dir", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("against the share of poisoned rows; the numbers are") == 3
+    assert Image.open(tmp_path / "out" / "poison_sweep.png").size[0] > 1500
 
 
 def test_training_curves_and_maps_are_there_for_what_was_measured(sweep: Path, models: Path) -> None:

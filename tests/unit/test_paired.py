@@ -95,7 +95,24 @@ def test_models_of_a_sweep_are_compared_at_one_ratio_only(tmp_path: Path) -> Non
     assert not reasons
     for each in found:
         assert each.first.rpartition(", ")[2] == each.second.rpartition(", ")[2]
-    assert len(found) == 2 * 3 * 3, "two scores, three ratios, three pairs of three models"
+    assert len(found) == 2 * 3 * 2, "two scores, three ratios, Surgery beside SFT and beside its control"
+
+
+def test_of_many_defenses_each_is_tested_beside_sft_and_its_own_control(tmp_path: Path) -> None:
+    rows = read_rows(sweep_rows(tmp_path, (0, 10), ("Surgery", "Booster")))
+    pairs = {(each.first, each.second) for each in compare(rows)[0] if each.score == "harmful_score"}
+    assert pairs == {
+        pair
+        for ratio in (0, 10)
+        for name in ("Surgery", "Booster")
+        for pair in (
+            (f"SFT, {ratio} %", f"{name}, {ratio} %"),
+            (f"{name}, {ratio} %", f"SFT at {name}'s poisoned loss, {ratio} %"),
+        )
+    }
+    # Without controls a sweep is every two models at one ratio.
+    bare = [row for row in rows if not row.matches]
+    assert len(compare(bare)[0]) == 2 * 2 * 3
 
 
 def test_what_cannot_be_paired_is_said_and_why(tmp_path: Path) -> None:
@@ -147,7 +164,7 @@ def test_a_prompt_with_an_unparsed_verdict_is_no_pair(tmp_path: Path) -> None:
 def test_a_defense_is_held_against_its_control(tmp_path: Path, defense: int, control: int, outcome: str) -> None:
     _, surgery, matched = sweep_rows(tmp_path, (20,))
     write_judged(tmp_path / "surgery_judged20", first(defense, 60))
-    write_judged(tmp_path / "control_judged20", first(control, 60))
+    write_judged(tmp_path / "surgery_control_judged20", first(control, 60))
     rows = read_rows([matched, surgery])
     assert beyond_slower_learning(rows, compare(rows)[0]) == [
         f"Surgery beside its control, SFT at Surgery's poisoned loss: {outcome}"
