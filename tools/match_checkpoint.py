@@ -1,4 +1,4 @@
-"""Find the checkpoint of RUN that has the loss another run ends with: the control of a comparison."""
+"""The control of a comparison: the checkpoint of RUN that has the loss of another run's end, or of another model."""
 
 import sys
 from pathlib import Path
@@ -15,10 +15,13 @@ def main() -> None:
     """Parse, call, say what was found."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="training run whose checkpoints are searched")
-    parser.add_argument("--like", type=Path, required=True, help="training run whose final value is the target")
     parser.add_argument(
-        "--metric", required=True, help="a metric that both runs evaluated, such as eval_poisoned_loss"
+        "--like",
+        type=Path,
+        required=True,
+        help="training run whose final value is the target, or an assessment with that loss (--loss_data)",
     )
+    parser.add_argument("--metric", required=True, help="a metric that both evaluated, such as eval_poisoned_loss")
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder for match.json and the link `checkpoint`"
     )

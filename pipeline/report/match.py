@@ -1,7 +1,9 @@
-"""The loss-matched control: the checkpoint of one run that has the loss with which another run ends.
+"""The loss-matched control: the checkpoint of one run that has the loss with which another run ends, or that another
+model was assessed with.
 
-A defense that learns more slowly looks safer than plain SFT without protecting anything. So it is compared with the
-SFT checkpoint at the same cross-entropy; what remains of the difference is the defense's own.
+A defense that learns more slowly, or a repair that takes back what was learned, looks safer than plain SFT without
+protecting anything. So it is compared with the SFT checkpoint at the same cross-entropy; what remains of the
+difference is the defense's own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from pipeline.report.records import read_json, series
 class Match:
     """match.json. `checkpoint` is relative to the folder of match.json.
 
-    value, target: the metric of that checkpoint, and of the other run at its end; gap = value - target.
+    value, target: the metric of that checkpoint, and of the other run at its end (or the other model's, as assessed);
+        gap = value - target.
     bracket: [step, value] of the saved checkpoints nearest to the target from below and from above, where there are
         such: how close a match was possible.
     in_range: the target lies between saved values. If not, the control is the nearest end of what was saved.
@@ -47,13 +50,13 @@ class Match:
 
 
 def match_checkpoint(run: Path, like: Path, metric: str, output_dir: Path) -> Match:
-    """Choose the complete checkpoint of `run` whose `metric` is nearest to the final one of `like`.
+    """Choose the complete checkpoint of `run` whose `metric` (`eval_NAME_loss`) is nearest to the final one of `like`,
+    a training run, or to the loss NAME of `like`, an assessment.
 
     Writes `output_dir`/match.json and the symbolic link `output_dir`/checkpoint. Of two equally near ones the earlier
     is taken. Errors: ValueError if `metric` is missing, or was evaluated at no step with a complete checkpoint.
     """
-    steps, values = series(like, metric), series(run, metric)
-    target = list(steps.values())[-1]
+    target, values = _target(like, metric), series(run, metric)
     folders = {int(folder.name.removeprefix("checkpoint-")): folder for folder in complete_checkpoints(run)}
     saved = {step: values[step] for step in folders if step in values}
     if not saved:
@@ -79,6 +82,19 @@ def match_checkpoint(run: Path, like: Path, metric: str, output_dir: Path) -> Ma
     )
     _write(match, output_dir)
     return match
+
+
+def _target(like: Path, metric: str) -> float:
+    if not (like / "results.json").is_file():
+        return list(series(like, metric).values())[-1]
+    losses = read_json(like / "results.json").get("losses", {})
+    name = metric.removeprefix("eval_").removesuffix("_loss")
+    if name not in losses or metric != f"eval_{name}_loss":
+        raise ValueError(
+            f"{like / 'results.json'}: no loss for {metric}; it has "
+            f"{[f'eval_{each}_loss' for each in losses] or 'none'}: assess with --loss_data {name}=ROWS"
+        )
+    return float(losses[name]["value"])
 
 
 def read_match(folder: Path) -> Match:

@@ -19,8 +19,11 @@ class Trial:
 
 def trials(rows: Sequence[Row]) -> list[Trial]:
     """The rows that have controls, in the order of the controls: a row with a match is the control of the row whose
-    run the match was made with."""
-    runs = {folder.name: row for row in rows if not row.matches for folder in row.folders.get("run", [])}
+    run or assessment the match was made with."""
+    runs: dict[str, Row] = {}
+    for row in rows:
+        for folder in [*row.folders.get("run", []), *row.folders["assess"]] if not row.matches else []:
+            runs.setdefault(folder.name, row)
     found: dict[str, Trial] = {}
     for control in rows:
         for match in control.matches[:1]:

@@ -47,6 +47,18 @@ def test_a_target_outside_what_was_saved_takes_the_nearest_end_and_says_so(
     assert "OUTSIDE the range" in read_match(tmp_path / "control").sentence()
 
 
+def test_a_model_that_was_assessed_has_a_control_too(tmp_path: Path) -> None:
+    sft = write_run(tmp_path / "sft", {2: 3.0, 4: 1.0}, saved=[2, 4])
+    repaired = tmp_path / "repaired"
+    repaired.mkdir()
+    (repaired / "results.json").write_text('{"losses": {"poisoned": {"value": 2.9}}}')
+    match = match_checkpoint(sft, repaired, METRIC, tmp_path / "control")
+    assert (match.step, match.target, match.like) == (2, 2.9, "repaired")
+    (repaired / "results.json").write_text('{"losses": {"benign": {"value": 2.9}}}')
+    with pytest.raises(ValueError, match=r"no loss for eval_poisoned_loss; it has \['eval_benign_loss'\]"):
+        match_checkpoint(sft, repaired, METRIC, tmp_path / "control")
+
+
 def test_of_two_equally_near_checkpoints_the_earlier_is_taken(tmp_path: Path) -> None:
     sft = write_run(tmp_path / "sft", {2: 3.0, 4: 1.0}, saved=[2, 4])
     other = write_run(tmp_path / "surgery", {4: 2.0})
