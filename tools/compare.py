@@ -12,6 +12,7 @@ from pipeline.report.comparison import read_rows  # noqa: E402
 from pipeline.report.page import write_report  # noqa: E402
 from pipeline.report.poison import write_poison_sweep  # noqa: E402
 from pipeline.report.positive_heads import write_hypothesis  # noqa: E402
+from pipeline.report.scores import write_scores  # noqa: E402
 from pipeline.report.table import write_table  # noqa: E402
 
 
@@ -30,13 +31,14 @@ def main() -> None:
         "--output_dir",
         type=Path,
         required=True,
-        help="folder for report.html, report.md, table.md, table.json; of two measured rows or more, hypothesis.png; "
-        "of a sweep, poison_sweep.png",
+        help="folder for report.html, report.md, table.md, table.json; of two rows or more, scores.png, and if they "
+        "are measured, hypothesis.png; of a sweep, poison_sweep.png instead of scores.png",
     )
     arguments = parser.parse_args()
     rows = read_rows(arguments.rows)
     print(write_table(rows, arguments.output_dir), end="")
     write_hypothesis(rows, arguments.output_dir)
+    write_scores(rows, arguments.output_dir)
     write_poison_sweep(rows, arguments.output_dir)
     write_report(rows, arguments.output_dir)
 

@@ -146,7 +146,9 @@ def _action(stage: Stage, record: Record | None, inputs: Mapping[str, str]) -> A
     if record is None or record.definition != stage.definition:
         return Action.RUN
     exists = _holds_something(stage.folder)
-    if record.finished and not exists and not record.weights_deleted:
+    # Of a finished stage records stay when its weights are deleted, unless its folder is nothing but the weights.
+    emptied = record.weights_deleted and stage.door.weights == "folder"
+    if record.finished and not exists and not emptied:
         return Action.RUN  # the user removed the folder to have it made anew
     if inputs != record.inputs:
         return Action.ANEW

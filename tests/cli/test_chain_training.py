@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,10 @@ def test_nothing_of_an_attacked_model_is_left_but_its_records(tmp_path: Path, at
     assert "stage second_model has to run, but the attacked weights of control were deleted" in refused.stderr
     assert f"or remove {out / 'attack'} to train again" in refused.stderr
     assert not (out / "second_model").exists()
+    shutil.rmtree(out / "attack")
+    told = chain(recipe, "--dry_run")
+    assert told.returncode == 0, told.stderr
+    assert "attack: to run" in told.stdout
 
 
 def test_a_failed_chain_says_where_attacked_weights_are_and_clean_removes_them(

@@ -17,6 +17,7 @@ from pipeline.report.comparison import read_rows
 from pipeline.report.figures import styles
 from pipeline.report.page import write_report
 from pipeline.report.poison import panels
+from pipeline.report.scores import write_scores
 from tests.browser import browse, dom, needs_browser
 from tests.reports import first, share, sweep_rows, write_judged
 
@@ -140,6 +141,17 @@ def test_a_sweep_is_drawn_with_its_control_as_a_line_of_its_own(sweep: Path, tmp
     low, high = share(0, 60)["low"], share(0, 60)["high"]
     assert "| Surgery, 20 %" in report
     assert f"0.0% [{low:.1%}, {high:.1%}]" in report
+
+
+def test_the_figure_of_a_table_has_a_mark_where_each_score_is(tmp_path: Path) -> None:
+    safe, unsafe = (write_judged(tmp_path / name, first(k, 60)) for name, k in (("safe", 0), ("unsafe", 60)))
+    write_scores(read_rows([f"Safe={safe}", f"Unsafe={unsafe}"]), tmp_path)
+    blue = (np.array(Image.open(tmp_path / "scores.png").convert("RGB")) == (0x00, 0x72, 0xB2)).all(axis=2)
+    rows, columns = np.nonzero(blue[:, : blue.shape[1] // 2])  # the panel of the harmful score
+    above = rows < (rows.min() + rows.max()) / 2
+    assert columns[above].max() < columns[~above].min(), "0 % of the upper model lies left of 100 % of the lower"
+    write_scores(read_rows(sweep_rows(tmp_path / "sweep")), tmp_path / "none")
+    assert not (tmp_path / "none").exists(), "a sweep has a figure of its own"
 
 
 def test_many_defenses_get_a_panel_each(tmp_path: Path) -> None:
