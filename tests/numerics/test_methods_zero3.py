@@ -18,6 +18,7 @@ from pipeline.methods import load_method
 from pipeline.training.adapters import lora_config
 from pipeline.training.distributed import World
 from tests.command_lines import prepared
+from tests.distributed.lives import Lives
 from tests.numerics import plain, plain_noise
 from tests.numerics.cases import distances, train_cases, updates
 from tests.tiny import tiny_llama
@@ -118,7 +119,12 @@ def flags(base: list[str], default_ds: str, pools: dict[str, str], tiny_model_di
 
 @pytest.fixture(scope="module")
 def trained(
-    flags: Any, base: list[str], pools: dict[str, str], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    flags: Any,
+    base: list[str],
+    pools: dict[str, str],
+    tiny_model_dir: Path,
+    server: Lives,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """Every case and the broken ones, on two ranks."""
     cases: dict[str, Any] = {"-".join(case): {"argv": flags("-".join(case))} for case in CASES}
@@ -135,7 +141,7 @@ def trained(
         ]
         cases[name] = {"argv": [*common, *given]}
     cases |= {mistake: {"argv": flags(case), "broken": mistake} for mistake, case in BROKEN.items()}
-    return train_cases(cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
+    return train_cases(server, cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.training.distributed import World
 from tests.command_lines import prepared
+from tests.distributed.lives import Lives
 from tests.numerics import reference
 from tests.numerics.cases import distances, train_cases, updates
 from tests.tiny import VOCAB_SIZE, save_model_folder, tiny_tokenizer
@@ -60,9 +61,12 @@ def argv(base: list[str], references: list[str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def trained(argv: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trained(argv: dict[str, list[str]], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train_cases(
-        {name: {"argv": list(flags)} for name, flags in argv.items()}, tmp_path_factory.mktemp("two-ranks"), ranks=2
+        server,
+        {name: {"argv": list(flags)} for name, flags in argv.items()},
+        tmp_path_factory.mktemp("two-ranks"),
+        ranks=2,
     )
 
 
