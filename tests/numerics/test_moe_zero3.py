@@ -62,12 +62,8 @@ def argv(base: list[str], references: list[str], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def trained(argv: dict[str, list[str]], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train_cases(
-        server,
-        {name: {"argv": list(flags)} for name, flags in argv.items()},
-        tmp_path_factory.mktemp("two-ranks"),
-        ranks=2,
-    )
+    cases = {name: {"argv": flags} for name, flags in argv.items()}
+    return train_cases(server, cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
 
 @pytest.fixture(scope="module")
