@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch, transformers or deepspeed is imported here or in a subprocess: no network, and no more
@@ -11,6 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What DeepSpeed pays for again and again: a compiler's import for an optimizer nobody asked for, and numactl, looked
+# for at every bucket of gradients where no launcher says how many ranks a node has.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ.setdefault("LOCAL_SIZE", "1")
 
 import torch
 
@@ -20,6 +25,14 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import tiny
+from tests.distributed.lives import Lives, lives
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Lives]:
+    """Starts ranks fast."""
+    with lives() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

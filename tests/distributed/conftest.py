@@ -1,21 +1,12 @@
-"""A small Surgery run that trains every kind of parameter, and a server that starts ranks fast."""
+"""A small Surgery run that trains every kind of parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.inputs import write_inputs
-from tests.distributed.lives import Lives, lives
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Lives]:
-    """Starts ranks."""
-    with lives() as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ class Life:
         self._ask = ask
         logs.mkdir(parents=True, exist_ok=True)
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        shared["LOCAL_SIZE"] = str(ranks)
         self._logs = [logs / f"rank{rank}.log" for rank in range(ranks)]
         self.pids: list[int] = []
         for rank, log in enumerate(self._logs):
@@ -71,10 +72,13 @@ class Lives:
         """Run a script of the repository."""
         return Life(self._ask, script, list(argv), ranks, logs)
 
-    def run(self, script: str, *argv: str, ranks: int = 1, logs: Path) -> str:
-        """Run a script to its end and return what it printed; any exit code but 0 is an error."""
+    def run(self, script: str, *argv: str, ranks: int = 1, logs: Path, timeout: float = 120) -> str:
+        """Run a script to its end and return what it printed; any exit code but 0 is an error, and ends the others."""
         life = self.start(script, *argv, ranks=ranks, logs=logs)
-        codes = life.wait()
+        deadline = time.monotonic() + timeout
+        while None in (codes := life.codes()) and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        codes = life.wait(timeout=0)
         assert codes == [0] * ranks, f"{script} exited with {codes}:\n{life.output()[-6000:]}"
         return life.output()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.ranks import run_ranks
+from tests.distributed.lives import Lives
 from tests.tiny import tiny_llama
 
 WORKER = Path(__file__).with_name("zero3_worker.py")
@@ -30,13 +30,13 @@ def sharp_llama() -> Any:
     return model
 
 
-def train_cases(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> Callable[[str], Record]:
+def train_cases(server: Lives, cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> Callable[[str], Record]:
     """Train every case on `ranks` ranks in one process group; returns name -> (what the worker kept, the lines of
     metrics.jsonl)."""
     for name, case in cases.items():
         case["argv"] = [*case["argv"], "--output_dir", str(out / name)]
     (out / "cases.json").write_text(json.dumps(cases))
-    run_ranks(WORKER, str(out / "cases.json"), str(out), ranks=ranks, timeout=900)
+    server.run(str(WORKER), str(out / "cases.json"), str(out), ranks=ranks, logs=out, timeout=900)
 
     @cache
     def read(name: str) -> Record:

@@ -42,6 +42,7 @@ def base(pools: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> lis
     """Flags that all cases share; every parameter is sharded, however small."""
     config = json.loads((ROOT / "ds_configs/z3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    config["zero_optimization"]["reduce_bucket_size"] = 30_000  # several gradients; as set, a bucket holds one matrix
     folder: Path = tmp_path_factory.mktemp("base")
     (folder / "z3.json").write_text(json.dumps(config))
     model = save_model_folder(sharp_llama(), folder / "model")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.training.distributed import World
 from tests.command_lines import prepared
+from tests.distributed.lives import Lives
 from tests.numerics import reference
 from tests.numerics.cases import distances, train_cases, updates
 from tests.tiny import VOCAB_SIZE, save_model_folder, tiny_tokenizer
@@ -60,10 +61,9 @@ def argv(base: list[str], references: list[str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def trained(argv: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train_cases(
-        {name: {"argv": list(flags)} for name, flags in argv.items()}, tmp_path_factory.mktemp("two-ranks"), ranks=2
-    )
+def trained(argv: dict[str, list[str]], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    cases = {name: {"argv": flags} for name, flags in argv.items()}
+    return train_cases(server, cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
 
 @pytest.fixture(scope="module")

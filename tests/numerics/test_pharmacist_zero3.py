@@ -20,8 +20,8 @@ from pipeline.curation.pharmacist_settings import PharmacistArguments, training_
 from pipeline.training.adapters import lora_config
 from pipeline.training.distributed import World
 from pipeline.training.preflight import prepare
+from tests.distributed.lives import Lives
 from tests.numerics import plain_pharmacist
-from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("pharmacist_worker.py")
 # Strong enough that the increment moves the loss in the third digit. In so small a model the gradients of attention
@@ -64,7 +64,9 @@ def argv(base: list[str], pools: dict[str, str], tiny_model_dir: Path) -> Callab
 
 
 @pytest.fixture(scope="module")
-def product(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Record]:
+def product(
+    argv: Callable[..., list[str]], server: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], Record]:
     """What the product computes in a case on a number of ranks."""
 
     @cache
@@ -72,7 +74,7 @@ def product(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFac
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
         cases = {name: [*argv(name, ranks), "--output_dir", str(out / "out")] for name in CASES}
         (out / "cases.json").write_text(json.dumps(cases))
-        run_ranks(WORKER, str(out / "cases.json"), str(out), ranks=ranks, timeout=300)
+        server.run(str(WORKER), str(out / "cases.json"), str(out), ranks=ranks, logs=out, timeout=300)
         return out
 
     return cache(lambda case, ranks: torch.load(folder(ranks) / f"{case}.pt", weights_only=True))

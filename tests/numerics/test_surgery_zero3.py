@@ -13,6 +13,7 @@ from peft import get_peft_model
 from pipeline.training.adapters import lora_config
 from pipeline.training.distributed import World
 from tests.command_lines import prepared
+from tests.distributed.lives import Lives
 from tests.numerics import reference
 from tests.numerics.cases import distances, sharp_llama, train_cases, updates
 
@@ -44,14 +45,14 @@ def surgery(base: list[str], references: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(surgery: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trained(surgery: list[str], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every case and a broken one, on two ranks."""
     cases: dict[str, Any] = {name: {"argv": [*surgery, *flags]} for name, flags in CASES.items()}
     cases["options"] = {"argv": [*surgery, *OPTIONS]}
-    portable = [*surgery, *CASES["full-plain-acc1"], "--attention", "sdpa"]
+    portable = [*surgery, *CASES["full-plain-acc1"], "--attention", "sdpa", "--max_steps", "1"]
     cases["two-calls"] = {"argv": portable}
     cases["detached-lse"] = {"argv": portable, "broken": "detached-lse"}
-    return train_cases(cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
+    return train_cases(server, cases, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
 
 @pytest.fixture(scope="module")

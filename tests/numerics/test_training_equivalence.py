@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.training.distributed import World
 from tests.command_lines import prepared
+from tests.distributed.lives import Lives
 from tests.numerics.cases import distances, sharp_llama, train_cases, updates
 from tests.numerics.reference import text_nll
 from tests.tiny import chat_row, write_jsonl
@@ -21,7 +22,7 @@ def layout(rows: int, accumulation: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(base: list[str], references: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def one_rank(base: list[str], references: list[str], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("one-rank")
     same = str(write_jsonl(out / "same.jsonl", [chat_row("one text", "for both pools")]))
     cases = {
@@ -32,11 +33,13 @@ def one_rank(base: list[str], references: list[str], tmp_path_factory: pytest.Te
             "--method", "surgery", "--harmful_data", same, "--harmless_data", same, "--allow_overlap", *layout(2, 1),
         ],
     }  # fmt: skip
-    return train_cases({name: {"argv": [*base, *STEPS, *flags]} for name, flags in cases.items()}, out, ranks=1)
+    return train_cases(
+        server, {name: {"argv": [*base, *STEPS, *flags]} for name, flags in cases.items()}, out, ranks=1
+    )
 
 
 @pytest.fixture(scope="module")
-def two_ranks(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def two_ranks(base: list[str], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("two-ranks")
     row = chat_row("the same length", "in every row")
     equal = {name: str(write_jsonl(out / f"{name}.jsonl", [row] * 8)) for name in ("train", "harmful", "harmless")}
@@ -47,7 +50,7 @@ def two_ranks(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
         "gathers-sft": ["--method", "sft", *overlap, *layout(4, 2)],
         "gathers-surgery": ["--method", "surgery", *overlap, *references, *layout(2, 2)],
     }
-    return train_cases({name: {"argv": [*base, *flags]} for name, flags in cases.items()}, out, ranks=2)
+    return train_cases(server, {name: {"argv": [*base, *flags]} for name, flags in cases.items()}, out, ranks=2)
 
 
 def test_packed_loss_equals_the_mean_over_texts_alone(one_rank: Any, base: list[str]) -> None:

@@ -21,7 +21,7 @@ from pipeline.training.distributed import initialize_process_group, world
 
 here = world()
 import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
+from deepspeed.utils import nvtx, safe_get_full_grad  # noqa: E402
 
 from pipeline.training.prepared import Prepared  # noqa: E402
 from pipeline.training.run import start  # noqa: E402
@@ -104,6 +104,7 @@ def run_case(run: Prepared, device: torch.device) -> dict[str, Any]:
 def main() -> None:
     """Run all cases in one process group."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    nvtx.enable_nvtx = False  # marks for a profiler, around every function
     device = initialize_process_group(here)
     count_gathers()
     runs = {name: prepared(case["argv"], here) for name, case in cases.items()}

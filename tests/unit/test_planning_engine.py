@@ -24,7 +24,8 @@ from pipeline.planning.states import ZeroSettings, states
 from pipeline.training.forecast import expectation, forecast, outcome
 from pipeline.training.meta_step import subject
 from tests.cli.preflight import resolve
-from tests.ranks import ROOT, run_ranks
+from tests.distributed.lives import Lives
+from tests.ranks import ROOT
 from tests.tiny import VOCAB_SIZE, chat_row, save_model_folder, write_jsonl
 
 WORKER = ROOT / "tests/unit/planning_worker.py"
@@ -86,12 +87,17 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, li
 
 
 def count(
-    cases: dict[str, tuple[str, str, list[str]]], material: Callable[..., list[str]], folder: Path, ranks: int
+    server: Lives,
+    cases: dict[str, tuple[str, str, list[str]]],
+    material: Callable[..., list[str]],
+    folder: Path,
+    ranks: int,
 ) -> Found:
     """What the engines held, and what the planner is told of each run."""
     commands = {name: material(*case) for name, case in cases.items()}
     (folder / "cases.json").write_text(json.dumps(commands))
-    run_ranks(WORKER, str(folder / "cases.json"), str(folder / "found.json"), ranks=ranks)
+    argv = (str(folder / "cases.json"), str(folder / "found.json"))
+    server.run(str(WORKER), *argv, ranks=ranks, logs=folder)
     found = json.loads((folder / "found.json").read_text())
     planned: Found = {}
     for name, case in cases.items():
@@ -102,15 +108,15 @@ def count(
 
 
 @pytest.fixture(scope="module")
-def on_two(material: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def on_two(material: Callable[..., list[str]], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Two ranks."""
-    return count(ON_TWO, material, tmp_path_factory.mktemp("two"), 2)
+    return count(server, ON_TWO, material, tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
-def on_one(material: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def on_one(material: Callable[..., list[str]], server: Lives, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """One rank."""
-    return count(ON_ONE, material, tmp_path_factory.mktemp("one"), 1)
+    return count(server, ON_ONE, material, tmp_path_factory.mktemp("one"), 1)
 
 
 def row_of(counted: dict[str, Any]) -> Row:
