@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here is compiled, but DeepSpeed decorates Muon's functions whatever the optimizer is, for which torch imports
+# its whole compiler: more than a second of every rank's start.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 
