@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import GenerationConfig, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BUILTIN = "builtin"
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
@@ -57,7 +57,7 @@ def _export(source: Path, folder: Path) -> None:
     """Writes `folder` as fp32 safetensors with config, generation config, tokenizer and ChatML template."""
     print(f"Preparing the built-in model from {GGUF_FILE} (once) ...", flush=True)
     # By their own classes: the Auto ones each parse the whole file, which takes seconds, to learn these names from it.
-    tokenizer = GPT2Tokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=GGUF_FILE)
     read = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model read from GGUF keeps the quantisation in its config and refuses a plain save: copy into a fresh one.
     fields = read.config.to_dict()

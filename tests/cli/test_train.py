@@ -244,8 +244,8 @@ def test_an_adapter_is_exported_and_trained_on_from_where_it_stopped(
     flags: list[str], server: Lives, tmp_path: Path
 ) -> None:
     """LoRA checkpoint -> adapter folder -> a new run that begins at the loss the first one reached."""
-    train = flags[flags.index("--train_data") + 1]
-    evaluated = ["--eval_data", train, "--allow_overlap", "--alpha", "0", "--max_steps", "4"]
+    rows = flags[flags.index("--train_data") + 1]
+    evaluated = ["--eval_data", rows, "--allow_overlap", "--alpha", "0", "--max_steps", "4"]
     train(server, tmp_path / "one", *flags, *evaluated, "--lora_r", "4", "--learning_rate", "1e-2")
     adapter = tmp_path / "adapter"
     export = [str(tmp_path / "one"), str(adapter), "--dtype", "fp32"]
