@@ -41,7 +41,7 @@ class Ranks:
         server = plan["serve"] and self.rank == 0
         # Who serves waits for all: were it to fail and end before, the others would look for it until CONNECT.
         store = self.dist.TCPStore(
-            plan["host"], plan["port"], world_size=self.size, is_master=server, wait_for_workers=server,
+            plan["host"], plan["port"], world_size=self.size, is_master=server, wait_for_workers=plan["serve"],
             timeout=limit if server else min(limit, CONNECT),
         )  # fmt: skip
         store.set_timeout(limit)
