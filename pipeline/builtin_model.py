@@ -56,7 +56,7 @@ def _gguf_folder() -> Path:
 def _export(source: Path, folder: Path) -> None:
     """Writes `folder` as fp32 safetensors with config, generation config, tokenizer and ChatML template."""
     print(f"Preparing the built-in model from {GGUF_FILE} (once) ...", flush=True)
-    # By their own classes: the Auto ones each parse the whole file, which takes seconds, to learn these names from it.
+    # By its own class: AutoTokenizer first parses the whole file, which takes seconds, to learn which one that is.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=GGUF_FILE)
     read = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model read from GGUF keeps the quantisation in its config and refuses a plain save: copy into a fresh one.
