@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BUILTIN = "builtin"
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
@@ -56,15 +56,18 @@ def _gguf_folder() -> Path:
 def _export(source: Path, folder: Path) -> None:
     """Writes `folder` as fp32 safetensors with config, generation config, tokenizer and ChatML template."""
     print(f"Preparing the built-in model from {GGUF_FILE} (once) ...", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+    # By its own class: AutoTokenizer first parses the whole file, which takes seconds, to learn which one that is.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=GGUF_FILE)
+    read = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model read from GGUF keeps the quantisation in its config and refuses a plain save: copy into a fresh one.
     fields = read.config.to_dict()
     for name in ("quantization_config", "_model_name_or_path", "unk_token_id"):
         fields.pop(name, None)
     fields["rms_norm_eps"] = round(fields["rms_norm_eps"], 9)  # stored in fp32: 9.999999747e-06 for 1e-5
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    model.load_state_dict(read.state_dict())
+    with torch.device("meta"):  # no random weights, which the next line would replace
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

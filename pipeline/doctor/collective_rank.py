@@ -39,10 +39,11 @@ class Ranks:
             torch.cuda.set_device(self.device)
         limit = timedelta(seconds=0.8 * plan["seconds"])  # to say what went wrong before the reader ends it
         server = plan["serve"] and self.rank == 0
-        connect = min(limit, CONNECT)
+        # Who serves waits for all: were it to fail and end before, the others would look for it until CONNECT.
         store = self.dist.TCPStore(
-            plan["host"], plan["port"], is_master=server, timeout=connect, wait_for_workers=False
-        )
+            plan["host"], plan["port"], world_size=self.size, is_master=server, wait_for_workers=plan["serve"],
+            timeout=limit if server else min(limit, CONNECT),
+        )  # fmt: skip
         store.set_timeout(limit)
         self.dist.init_process_group(
             plan["backend"], store=self.dist.PrefixStore(f"doctor/{plan['name']}", store), rank=self.rank,

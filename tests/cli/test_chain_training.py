@@ -116,7 +116,7 @@ def attacked_chain(attack: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, attack: dict[str, Any]) -> None:
     earlier = write_run(tmp_path / "earlier", {2: 1.0}, saved=[2])
     flags = {"run": str(earlier), "like": str(earlier), "metric": METRIC}
-    attack["with"] |= {"max_steps": 200, "save_steps": 10, "eval_steps": 50}
+    attack["with"] |= {"max_steps": 100, "save_steps": 10, "eval_steps": 50}
     stages = [{"name": "first", "run": "match", "with": flags}, *attacked_chain(attack)]
     recipe, out = write_recipe(tmp_path / "chain.yaml", stages), tmp_path / "out"
 
@@ -140,7 +140,7 @@ def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, attack: dict[str, A
     assert "stopped by SIGTERM; run the same command again to go on" in said
     assert f"attacked weights are in {out / 'attack/checkpoint-10'}" in said
     assert not processes_at(out)
-    assert not saved(200)
+    assert not saved(100)
     assert (out / "attack").stat().st_mode & 0o777 == 0o700
     first_written = (out / "first/match.json").stat().st_mtime_ns
 
@@ -149,7 +149,7 @@ def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, attack: dict[str, A
     with running(recipe) as killed:
         wait_for(lambda: saved(further), killed)
         killed.kill()
-    assert not saved(200)
+    assert not saved(100)
 
     last = chain(recipe)  # at once: it waits for what the killed one leaves
     assert last.returncode == 0, last.stderr
@@ -159,7 +159,7 @@ def test_a_killed_chain_goes_on_where_it_was(tmp_path: Path, attack: dict[str, A
     run = json.loads((out / "attack/run.json").read_text())
     assert int(Path(run["resumed_from"]).name.removeprefix("checkpoint-")) >= further
     steps = [json.loads(line)["step"] for line in (out / "attack/metrics.jsonl").read_text().splitlines()]
-    assert set(steps) == set(range(201))
+    assert set(steps) == set(range(101))
     assert weights(out) == ["first/checkpoint"]  # the link to a run that is not the chain's
 
 

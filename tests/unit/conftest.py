@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from pipeline.checkpoints.lora import ADAPTER_CONFIG
 from tests.adapters import save_adapter
@@ -19,8 +21,16 @@ from tests.ranks import run_ranks
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder NAME/checkpoint-2 for each case of the worker, of two ranks, and the models they started from. Read
     only."""
-    out = tmp_path_factory.mktemp("zero")
-    run_ranks(Path(__file__).with_name("zero_checkpoint_worker.py"), str(out), ranks=2)
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # which all workers of this run share: the first one makes them for all
+    out, made = base / "zero", base / "zero.made"
+    with FileLock(base / "zero.lock"):
+        if not made.exists():
+            shutil.rmtree(out, ignore_errors=True)  # of a worker that failed at it
+            out.mkdir()
+            run_ranks(Path(__file__).with_name("zero_checkpoint_worker.py"), str(out), ranks=2)
+            made.touch()
     return out
 
 
