@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.chain.stages import Stage
 from pipeline.chain.state import ChainFolder, Record
-from pipeline.checkpoints.out_folder import unfinished
+from pipeline.checkpoints.folders import unfinished
 
 
 def attacked_weights(stage: Stage) -> list[Path]:

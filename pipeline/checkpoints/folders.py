@@ -18,6 +18,11 @@ from pipeline.checkpoints.markers import complete_checkpoints, is_complete
 PARTIAL, OLD = ".partial", ".old"
 
 
+def unfinished(out: Path) -> Path:
+    """Where a folder of converted weights is made, and what a killed conversion leaves of it."""
+    return out.with_name(f".{out.name}.partial")
+
+
 def partial(final: Path) -> Path:
     """Where a checkpoint is written until it is complete."""
     return final.with_name(final.name + PARTIAL)

@@ -17,7 +17,7 @@ from types import MappingProxyType, TracebackType
 
 from pipeline.checkpoints.byte_progress import ByteProgress
 from pipeline.checkpoints.checksums import FileSum, write_manifest
-from pipeline.checkpoints.folders import sync
+from pipeline.checkpoints.folders import sync, unfinished
 from pipeline.checkpoints.weights_out import (
     Reader,
     TensorSpec,
@@ -37,11 +37,6 @@ def fingerprint(files: Iterable[Path], *options: object) -> str:
     """Identifies inputs by path, size and time of change, and the options (by their repr) with which they are used."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
     return hashlib.sha256(repr((stats, options)).encode()).hexdigest()
-
-
-def unfinished(out: Path) -> Path:
-    """Where `out` is made, and what a killed process leaves of it."""
-    return out.with_name(f".{out.name}.partial")
 
 
 class NoSpace(ValueError):
