@@ -61,7 +61,7 @@ demo: setup  ## align, attack and assess the built-in model, print the compariso
 
 # Two at a time: many tests start two ranks, and every one of them loads torch. A file's tests stay together, and files
 # in their order: by default those of few tests come last, which here are the longest.
-test: setup  ## run every test but those of slurm/ (about 17 minutes on two cores)
+test: setup  ## run every test but those of slurm/ (about 13 minutes on two cores)
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
 
 # Debian's Slurm, where it is not there yet; the tests start two nodes of it on this machine, as root.
