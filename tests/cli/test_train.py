@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from pipeline.checkpoints.markers import complete_checkpoints, read_marker
 from pipeline.checkpoints.pickles import refuse_unsafe_pickles
-from tests.distributed.lives import Lives, lives
+from tests.distributed.lives import Lives
 from tests.ranks import ROOT, free_port
 from tests.tiny import chat_row, write_jsonl
 
@@ -40,13 +40,6 @@ def flags(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         rows = [chat_row(f"{name} number {i}", " ".join(WORDS[: i % 5 + 1])) for i in range(24)]
         given += [f"--{name}_data", str(write_jsonl(folder / f"{name}.jsonl", rows))]
     return [*given, "--per_device_train_batch_size", "4"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Lives]:
-    """Starts the door in a tenth of the time, where how it is started is not what is tested."""
-    with lives() as started:
-        yield started
 
 
 def launch(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:

@@ -45,12 +45,13 @@ def base(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def run(
-    server: Lives, base: tuple[list[str], dict[str, str]], method: str, out: Path, *words: str, ranks: int = 2
-) -> list[dict[str, float]]:
+    server: Lives, base: tuple[list[str], dict[str, str]], method: str, out: Path, *words: str, ranks: int = 2,
+    door: str = "pipeline/train.py",
+) -> list[dict[str, float]]:  # fmt: skip
     flags, pools = base
     data = [word for pool in READS[method] for word in (f"--{pool}_data", pools[pool])]
     argv = ["--method", method, *flags, *data, *words, "--output_dir", str(out)]
-    server.run("pipeline/train.py", *argv, ranks=ranks, logs=out.with_suffix(".logs"))
+    server.run(door, *argv, ranks=ranks, logs=out.with_suffix(".logs"))
     return metrics(out)
 
 
@@ -117,3 +118,8 @@ def test_harmful_loss_is_not_below_where_sft_leaves_it(
     flags = ["--max_steps", "12", "--eval_data", f"harmful={base[1]['harmful']}", "--allow_overlap"]
     left = run(server, base, "sft", tmp_path / "sft", *flags)[-1]["eval_harmful_loss"]
     assert run(server, base, method, tmp_path / method, *flags, *words)[-1]["eval_harmful_loss"] > left - 0.02
+    if method == "booster":
+        wrong = run(
+            server, base, method, tmp_path / "wrong", *flags, *words, door="tests/distributed/wrong_sign_train.py"
+        )
+        assert wrong[-1]["eval_harmful_loss"] < left - 0.02, "a wrong sign would not be seen"
