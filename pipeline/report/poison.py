@@ -84,9 +84,10 @@ def write_poison_sweep(rows: Sequence[Row], output_dir: Path) -> None:
     found = panels(rows, styles(row.series for row in points(rows)))
     if not found:
         return
-    columns = min(len(found), 3 if found[0].legend else 2)
+    most, width = (4, 3.5) if found[0].legend else (2, 4.2)
+    columns = min(len(found), most)
     lines = -(-len(found) // columns)
-    figure, grid = new_axes(4.2 * columns, 3.3 * lines + 0.5, lines, columns)
+    figure, grid = new_axes(width * columns, 3.3 * lines + 0.5, lines, columns)
     for axes, panel in zip(grid, found, strict=False):
         panel.draw(axes)
     for axes in grid[len(found) :]:
