@@ -18,7 +18,7 @@ Cost: SFT's passes, and one fp32 copy of the trained weights, sharded, in memory
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,14 @@ class Lisa(Method):
         ctx.log(loss=ce + proximal, ce_loss=ce, proximal=proximal, aligning=torch.full_like(ce, float(aligning)))
 
     def _pull(self, ctx: StepContext) -> Tensor:
-        """Adds the gradient of the proximal term; returns ||w - w_ref||^2."""
-        distances = [weight - old for weight, old in zip(ctx.shards.weights(), self.reference, strict=True)]
-        ctx.shards.add_to_gradients(self.config.rho * each for each in distances)
-        return ctx.total(squared_norm(distances)).float()
+        """Adds the gradient of the proximal term; returns ||w - w_ref||^2. One tensor's distance is held at a time."""
+        squared: list[Tensor] = []
+
+        def pulls() -> Iterator[Tensor]:
+            for weight, old in zip(ctx.shards.weights(), self.reference, strict=True):
+                distance = weight - old
+                squared.append(squared_norm([distance]))
+                yield self.config.rho * distance
+
+        ctx.shards.add_to_gradients(pulls())
+        return ctx.total(torch.stack(squared).sum()).float()
