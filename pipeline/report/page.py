@@ -167,11 +167,9 @@ def _harness(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _sweep(rows: Sequence[Row], drawn: Mapping[str, Style]) -> dict[str, Any] | None:
-    found = points(rows)
-    if not found:
-        return None
-    return {"panels": {each.title: svg(each.figure(), f"sweep{i}") for i, each in enumerate(panels(found, drawn))}}
+def _sweep(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[tuple[str, str]]:
+    """The title of each panel, and the picture."""
+    return [(each.title, svg(each.figure(), f"sweep{i}")) for i, each in enumerate(panels(rows, drawn))]
 
 
 def _maps(rows: Sequence[Row]) -> dict[str, Any] | None:

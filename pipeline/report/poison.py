@@ -55,28 +55,23 @@ def points(rows: Sequence[Row]) -> list[Row]:
 
 def panels(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[Panel]:
     """Every harmful score and every accuracy, all models in one; of many defenses the harmful scores alone, each
-    defense with plain training and its controls. A single ratio is no line."""
+    defense that has several ratios with plain training and its controls."""
     found = points(rows)
-    lines = {
-        name
-        for name in (row.series for row in found)
-        if len({r.poison_percent for r in found if r.series == name}) > 1
-    }
-    found = [row for row in found if row.series in lines]
     shares = dict.fromkeys(name for row in found for name in row.shares)
     chosen = [name for score in SCORES for name in shares if name.split()[-1] == score]
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, list[Row]] = {}
     for trial in trials(found):
-        beside = [trial.defense, *trial.controls, *([] if trial.plain is None else [trial.plain])]
-        groups.setdefault(trial.defense.series, set()).update(row.series for row in beside)
+        beside = [] if trial.plain is None else [trial.plain]
+        groups.setdefault(trial.defense.series, []).extend([*beside, trial.defense, *trial.controls])
+    groups = {name: own for name, own in groups.items() if len({row.poison_percent for row in own}) > 1}
     if len(groups) <= CROWDED:
         return [Panel(share, share, found, drawn, legend=False) for share in chosen]
-    result = []
-    for share in (each for each in chosen if each.split()[-1] == SCORES[0]):
-        for name, names in groups.items():
-            own = [row for row in found if row.series in names]
-            result.append(Panel(name, share, own, styles(row.series for row in own), legend=True))
-    return result
+    return [
+        Panel(name, share, own, styles(row.series for row in own), legend=True)
+        for share in chosen
+        if share.split()[-1] == SCORES[0]
+        for name, own in groups.items()
+    ]
 
 
 def write_poison_sweep(rows: Sequence[Row], output_dir: Path) -> None:

@@ -165,6 +165,11 @@ def test_many_defenses_get_a_panel_each(tmp_path: Path) -> None:
         assert list(dict.fromkeys(row.series for row in each.rows)) == [
             "SFT", each.title, f"SFT at {each.title}'s poisoned loss",
         ]  # fmt: skip
+    # A control at one ratio alone, as where nothing is poisoned at the other, is drawn as a point.
+    few = [row for row in read_rows(sweep_rows(tmp_path / "few", (0, 10))) if row.matches == [] or row.poison_percent]
+    assert {row.series for each in panels(few, styles(row.series for row in few)) for row in each.rows} == {
+        "SFT", "Surgery", "SFT at Surgery's poisoned loss",
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "tools/compare.py", "--rows", *rows, "--output_dir", str(tmp_path / "out")],
         capture_output=True, text=True, check=False,

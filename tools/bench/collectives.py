@@ -18,21 +18,16 @@ from typing import Any  # noqa: E402
 from pipeline.config import Problems, out_of_range, parse  # noqa: E402
 from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
+from tools.bench.arguments import StepArguments  # noqa: E402
 
 
 @dataclass
-class CollectivesArguments:
+class CollectivesArguments(StepArguments):
     """Flags of the collectives benchmark."""
 
-    model_name_or_path: str = field(default="builtin", metadata={"help": "Model folder or hub id, or 'builtin'."})
-    ds_config: str = field(default="ds_configs/z3.json", metadata={"help": "DeepSpeed configuration file."})
     texts: int = field(default=2, metadata={"help": "User texts of a rank's Surgery step, beside its two references."})
     tokens: int = field(default=128, metadata={"help": "Of every text."})
     steps: int = field(default=2, metadata={"help": "Steps counted, after two in which ZeRO-3 learns the order."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. [default: cuda where there is one]"})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 training. [default: true on CUDA, else false]"})
-    attention: str = field(default="auto", metadata={"help": "Attention kernel, as train.py's flag."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
         if problems := out_of_range(self, ("texts", "steps"), 1) + out_of_range(self, ("tokens",), 64):
@@ -52,7 +47,7 @@ def main() -> None:
 
     here = world()
     device = initialize_process_group(here)
-    bf16 = device.type == "cuda" if arguments.bf16 is None else arguments.bf16
+    bf16 = arguments.half(device)
     counter = Counter()
     with TemporaryDirectory() as folder:
         setting = Setting(

@@ -16,10 +16,11 @@ from typing import Any  # noqa: E402
 from pipeline.config import Problems, parse  # noqa: E402
 from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
+from tools.bench.arguments import BenchArguments  # noqa: E402
 
 
 @dataclass
-class KernelArguments:
+class KernelArguments(BenchArguments):
     """Flags of the kernel benchmark."""
 
     model_name_or_path: str = field(
@@ -28,10 +29,6 @@ class KernelArguments:
     )
     tokens: int | None = field(default=None, metadata={"help": "Of the text. [default: 8192 on CUDA, 2048 on CPU]"})
     repeats: int = field(default=20, metadata={"help": "Rounds of all ways, after two that are thrown away."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. [default: cuda where there is one]"})
-    bf16: bool | None = field(default=None, metadata={"help": "Time in bf16. [default: true on CUDA, else false]"})
-    attention: str = field(default="auto", metadata={"help": "Attention kernel, as train.py's flag."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
         problems = []
@@ -55,7 +52,7 @@ def main() -> None:
     from tools.bench.timing import interleave
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = device.type == "cuda" if arguments.bf16 is None else arguments.bf16
+    bf16 = arguments.half(device)
     if arguments.attention not in ("auto", *KERNELS):
         raise ValueError(f"--attention {arguments.attention}: choose auto or one of {', '.join(KERNELS)}")
     kernel, reason = choose(arguments.attention, device.type, half=bf16)

@@ -18,15 +18,15 @@ from typing import Any  # noqa: E402
 from pipeline.config import Problems, out_of_range, parse  # noqa: E402
 from pipeline.door import run_door  # noqa: E402
 from tools.bench import report  # noqa: E402
+from tools.bench.arguments import StepArguments  # noqa: E402
 
 MIB = 2**20
 
 
 @dataclass
-class MethodsArguments:
+class MethodsArguments(StepArguments):
     """Flags of the methods' benchmark."""
 
-    model_name_or_path: str = field(default="builtin", metadata={"help": "Model folder or hub id, or 'builtin'."})
     layers: int | None = field(
         default=None, metadata={"help": "Keep the model's first N layers. [default: all of them]"}
     )
@@ -35,11 +35,6 @@ class MethodsArguments:
     inner_steps: int = field(default=4, metadata={"help": "TAR's --inner_steps; its paper has 64."})
     lora_r: int = field(default=0, metadata={"help": "Rank of an adapter on all linear layers; 0 trains the model."})
     repeats: int = field(default=4, metadata={"help": "Steps of each method, after one that is thrown away."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. [default: cuda where there is one]"})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 training. [default: true on CUDA, else false]"})
-    attention: str = field(default="auto", metadata={"help": "Attention kernel, as train.py's flag."})
-    ds_config: str = field(default="ds_configs/z3.json", metadata={"help": "DeepSpeed configuration file."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
         problems = out_of_range(self, ("texts", "repeats", "layers", "inner_steps"), 1)
@@ -63,7 +58,7 @@ def main() -> None:
     if here.size > 1:
         raise ValueError(f"methods.py compares steps of one rank, and was started on {here.size}: run it with python")
     device = initialize_process_group(here)
-    bf16 = device.type == "cuda" if arguments.bf16 is None else arguments.bf16
+    bf16 = arguments.half(device)
     found = report.header(device, asdict(arguments) | {"bf16": bf16})
     print(report.describe(found), flush=True)
     with TemporaryDirectory() as folder:

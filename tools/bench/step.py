@@ -21,6 +21,7 @@ from typing import Any  # noqa: E402
 from pipeline.config import Problems, out_of_range, parse  # noqa: E402
 from pipeline.door import run_door  # noqa: E402
 from tools.bench import report, step_tables  # noqa: E402
+from tools.bench.arguments import StepArguments  # noqa: E402
 from tools.bench.layouts import Layout, Setting, cut_model, model_config  # noqa: E402
 from tools.bench.trl_sft import check_trl  # noqa: E402
 
@@ -29,10 +30,9 @@ CUDA_LENGTH = 8192
 
 
 @dataclass
-class StepArguments:
+class SurgeryArguments(StepArguments):
     """Flags of the step benchmark."""
 
-    model_name_or_path: str = field(default="builtin", metadata={"help": "Model folder or hub id, or 'builtin'."})
     layers: int | None = field(
         default=None, metadata={"help": "Keep the model's first N layers. [default: all of them]"}
     )
@@ -58,14 +58,7 @@ class StepArguments:
         default=4, metadata={"help": "Pairs of steps a layout, after one that is thrown away. [default: 4]"}
     )
     alpha: float = field(default=300.0, metadata={"help": "Weight of Surgery's penalty. [default: 300]"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. [default: cuda where there is one]"})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 training. [default: true on CUDA, else false]"})
-    attention: str = field(default="auto", metadata={"help": "Attention kernel, as train.py's flag."})
-    ds_config: str = field(
-        default="ds_configs/z3.json", metadata={"help": "DeepSpeed configuration file. [default: ds_configs/z3.json]"}
-    )
     trl: bool = field(default=False, metadata={"help": "Compare SFT with TRL's SFTTrainer at each layout too."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
 
     def __post_init__(self) -> None:
         problems = out_of_range(self, ("repeats", "layers", "eager_layers"), 1)
@@ -78,7 +71,7 @@ class StepArguments:
 def main() -> None:
     """Parse, run the parts, print each part's table and write the JSON after each."""
     report.choose_device(sys.argv[1:])
-    arguments = parse([StepArguments], sys.argv[1:], description=__doc__)[StepArguments]
+    arguments = parse([SurgeryArguments], sys.argv[1:], description=__doc__)[SurgeryArguments]
     layouts = [Layout.parse(each) for each in arguments.layouts if each != "none"]
     if arguments.trl:
         check_trl()
@@ -95,7 +88,7 @@ def main() -> None:
     if here.size > 1:
         raise ValueError(f"step.py compares steps of one rank, and was started on {here.size}: run it with python")
     device = initialize_process_group(here)
-    bf16 = device.type == "cuda" if arguments.bf16 is None else arguments.bf16
+    bf16 = arguments.half(device)
     whole = model_config(resolve_model(arguments.model_name_or_path)).get_text_config().num_hidden_layers
     layers = min(arguments.layers or whole, whole)
     eager_layers = min(arguments.eager_layers, whole)
