@@ -14,6 +14,7 @@ from pipeline.chain.stages import Stage
 from pipeline.chain.state import Action, ChainFolder, Record, plan
 
 LOG_TAIL = 20  # lines shown of the log of a stage that failed
+NAMED_STAGES = 6  # up to so many stages are named in one line
 
 
 class StageFailed(Exception):
@@ -67,7 +68,7 @@ def run_chain(stages: Sequence[Stage], *, keep_models: bool) -> None:
         all_stages = sum(records[stage.name].seconds for stage in stages)
         print(f"chain finished in {minutes(time.monotonic() - start)}; its stages took {minutes(all_stages)} in all")
         if keep_models:
-            _report_attacked(stages, "kept as --keep_models asks")
+            _report_attacked(stages, "kept as --keep_models asks; --clean removes them")
         for stage in stages:
             if stage.run == "compare":
                 print(f"\n{(stage.folder / 'table.md').read_text(encoding='utf-8')}", end="")
@@ -134,6 +135,7 @@ def _remove(folder: Path) -> None:
 
 
 def _report_attacked(stages: Sequence[Stage], why: str) -> None:
-    left = [str(path) for stage in stages for path in attacked_weights(stage)]
+    left = [stage.name for stage in stages if attacked_weights(stage)]
     if left:
-        print(f"attacked weights are in {', '.join(left)} ({why})", flush=True)
+        whose = ", ".join(left) if len(left) <= NAMED_STAGES else f"{len(left)} stages"
+        print(f"the attacked weights of {whose} are in {stages[0].output_dir} ({why})", flush=True)

@@ -20,6 +20,7 @@ from pipeline.evaluation.templates import FOLDER, fill, read_template, sha256, s
 from tests import suite_rows, tiny
 
 QUESTION, ANSWER, CONTEXT = "What is the capital of France?", "Paris.", "A geography quiz."
+NOTICE = Path(__file__).parents[2] / "NOTICE"
 
 
 def read(name: str, folder: Path, protocol: str = "chat") -> list[Prompt]:
@@ -34,6 +35,19 @@ class TestTemplates:
             assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == source["sha256"], name
             assert source["licence"] in ("MIT", "Apache-2.0", "CC-BY-4.0")
             assert len(source["commit"]) == 40
+
+    def test_the_notice_names_every_file_with_its_project_and_licence(self) -> None:
+        full_names = {
+            "MIT": "MIT License",
+            "Apache-2.0": "Apache License, Version 2.0",
+            "CC-BY-4.0": "Creative Commons Attribution 4.0",
+        }
+        entries = NOTICE.read_text(encoding="utf-8").split("\n\n")
+        for name, source in sources().items():
+            project = source["repository"].split()[0]
+            (entry,) = [entry for entry in entries if f"https://github.com/{project}\n" in entry]
+            assert name in entry
+            assert full_names[source["licence"]] in entry
 
     @pytest.mark.parametrize(
         ("name", "values", "expected"),
