@@ -87,8 +87,10 @@ def write_trained(folder: Path, ratio: float, method: str = "sft", *, end: float
     return write_json(folder / "run.json", record | {"steps": 9, "seed": 1, "commit": "abc"})
 
 
-def sweep_rows(folder: Path, ratios: Sequence[int] = (0, 10, 20), defenses: Sequence[str] = ("Surgery",)) -> list[str]:
-    """What --rows of compare.py is given for a sweep of defenses with one control each."""
+def sweep_rows(
+    folder: Path, ratios: Sequence[int] = (0, 10, 20), defenses: Sequence[str] = ("Surgery",), setting: str = ""
+) -> list[str]:
+    """What --rows of compare.py is given for a sweep of defenses with one control each; setting: `lr 1e-4, `."""
     rows = []
     for ratio in ratios:
 
@@ -97,7 +99,7 @@ def sweep_rows(folder: Path, ratios: Sequence[int] = (0, 10, 20), defenses: Sequ
 
         sft = write_trained(folder / f"sft{ratio}", ratio / 100)
         sinks = write_json(folder / f"sinks{ratio}" / "sinks.json", measurement(4, 6))
-        rows.append(f"SFT, {ratio} %=assess:{judged('sft', 3 * ratio)};sinks:{sinks};run:{sft}")
+        rows.append(f"SFT, {setting}{ratio} %=assess:{judged('sft', 3 * ratio)};sinks:{sinks};run:{sft}")
         for defense in defenses:
             name = defense.lower()
             trained = write_trained(folder / f"{name}{ratio}", ratio / 100, "surgery", end=3.0)
@@ -106,7 +108,7 @@ def sweep_rows(folder: Path, ratios: Sequence[int] = (0, 10, 20), defenses: Sequ
             match = write_json(folder / f"{name}_match{ratio}" / "match.json", step | values | {"in_range": True})
             control = judged(f"{name}_control", ratio // 10)
             rows += [
-                f"{defense}, {ratio} %=assess:{judged(name, 0)};sinks:{sinks};run:{trained}",
-                f"SFT at {defense}'s poisoned loss, {ratio} %=assess:{control};run:{sft};match:{match}",
+                f"{defense}, {setting}{ratio} %=assess:{judged(name, 0)};sinks:{sinks};run:{trained}",
+                f"SFT at {defense}'s poisoned loss, {setting}{ratio} %=assess:{control};run:{sft};match:{match}",
             ]
     return rows

@@ -25,7 +25,7 @@ def main() -> None:
         required=True,
         metavar="NAME=assess:DIR[,DIR];sinks:DIR[,DIR];run:DIR[,DIR];match:DIR[,DIR]",
         help="a model and the folders of its stages; several folders are seeds; only assess: is needed; names that "
-        "end in a ratio, such as 'SFT, 5 %%', are points of a sweep",
+        "end in a ratio, such as 'SFT, 5 %%' or 'SFT, lr 1e-4, 5 %%', are points of a sweep",
     )
     parser.add_argument(
         "--output_dir",

@@ -3,8 +3,9 @@
 A row is written `NAME=assess:DIR[,DIR...];sinks:DIR[,...];run:DIR[,...];match:DIR[,...]`, several folders being the
 seeds of one model. `assess:` holds results.json (the word may be left out), `sinks:` sinks.json of measure.py, `run:`
 metrics.jsonl of train.py, `match:` match.json of match_checkpoint.py. All but the first part are optional.
-A name that ends in a poison ratio, `SFT, 5 %`, is a point of a sweep: the rows of one ratio are compared with each
-other, and the rows of one name before the comma are a line of the figure.
+A name that ends in a poison ratio, `SFT, 5 %` or `SFT, lr 1e-4, 5 %`, is a point of a sweep: what follows its first
+comma is the condition, the rows of one condition are compared with each other, and those that differ in the ratio
+alone are a line of the figure.
 """
 
 from __future__ import annotations
@@ -74,6 +75,21 @@ class Row:
         """The name without its poison ratio: what the points of one line have in common."""
         found = SWEPT.fullmatch(self.name)
         return found[1] if found else self.name
+
+    @property
+    def model(self) -> str:
+        """The name without its condition."""
+        return self.name.partition(", ")[0] if SWEPT.fullmatch(self.name) else self.name
+
+    @property
+    def condition(self) -> str | None:
+        """Of a point of a sweep the name from its first comma on, as in `lr 1e-4, 5 %`; of other rows None."""
+        return self.name.partition(", ")[2] if SWEPT.fullmatch(self.name) else None
+
+    @property
+    def setting(self) -> str:
+        """What its condition says besides the ratio, as in `lr 1e-4`; empty if nothing."""
+        return self.series.removeprefix(self.model).removeprefix(", ")
 
     @property
     def poison_percent(self) -> float | None:

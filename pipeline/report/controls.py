@@ -12,13 +12,13 @@ OUTCOMES = ("significantly lower", "significantly higher", "no significant diffe
 
 
 def beyond_slower_learning(rows: Sequence[Row], found: Sequence[Paired]) -> list[str]:
-    """A sentence for each harmful score of each defense and control, over all ratios of a sweep."""
+    """A sentence for each harmful score of each defense and control, over all conditions of a sweep."""
     groups: dict[tuple[str, str, str], list[tuple[Paired, str]]] = {}
     for trial in trials(rows):
         defense = trial.defense
         for control in trial.controls:
             for each in _harmful(found, {control.name, defense.name}):
-                names = (each.score.replace("_", " "), defense.series, control.series)
+                names = (each.score.replace("_", " "), defense.model, control.model)
                 groups.setdefault(names, []).append((each, defense.name))
     return [_sentence(*names, pairs) for names, pairs in groups.items()]
 
@@ -35,7 +35,7 @@ def _sentence(score: str, defense: str, control: str, pairs: Sequence[tuple[Pair
     if len(pairs) > 1:
         counts = [(outcomes.count(outcome), outcome) for outcome in OUTCOMES]
         found = ", ".join(f"{outcome} at {count}" for count, outcome in counts if count)
-        return f"{names}, {score}: {found} of {len(pairs)} poison ratios"
+        return f"{names}, {score}: {found} of {len(pairs)} conditions"
     ((pair, name),) = pairs
     own, other = pair.shares if pair.first == name else pair.shares[::-1]
     return f"{names}: {score} {own:.1%} against {other:.1%}, {outcomes[0]} ({p_text(pair.p_holm)})"

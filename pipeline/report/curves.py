@@ -21,10 +21,10 @@ LOGGED = ("ce_loss", "loss")
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of one run. series: of the first model that comes from the run. matched: (step, value) of checkpoints
-    that were taken from it as controls, by the control's series."""
+    """A metric of one run. model: the first that comes from the run. matched: (step, value) of checkpoints that were
+    taken from it as controls, by the control's model."""
 
-    series: str
+    model: str
     steps: list[int]
     values: list[float]
     matched: dict[str, tuple[int, float]]
@@ -45,13 +45,13 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Curve]]:
         for name in names:
             points = {line["step"]: line[name] for line in lines if _finite(line.get(name))}
             matched = {
-                row.series: (match.step, points[match.step])
+                row.model: (match.step, points[match.step])
                 for row in users
                 for match in row.matches[:1]
                 if match.metric == name and match.step in points
             }
             if len(points) > 1:
-                curve = Curve(users[0].series, list(points), list(points.values()), matched)
+                curve = Curve(users[0].model, list(points), list(points.values()), matched)
                 found.setdefault(name, []).append(curve)
     return found
 
@@ -64,7 +64,7 @@ def figure_of(found: Sequence[Curve], label: str, drawn: Mapping[str, Style]) ->
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     for curve in found:
-        style = drawn[curve.series]
+        style = drawn[curve.model]
         axes.plot(curve.steps, curve.values, color=style.colour, linewidth=1.7, zorder=2)
         axes.plot(curve.steps[-1], curve.values[-1], style.marker, color=style.colour, mec="white", ms=6.5, zorder=3)
         for name, (step, value) in curve.matched.items():

@@ -24,7 +24,7 @@ from pipeline.report.poison import panels, points
 from pipeline.report.provenance import provenance
 from pipeline.report.records import read_json
 from pipeline.report.summary import markdown_report
-from pipeline.report.table import MISSING, cells, footnotes
+from pipeline.report.table import MISSING, cells, footnotes, share_tables
 from pipeline.report.tradeoff import planes, tradeoff
 
 # What a score is called, what it counts, and which way it is better.
@@ -51,7 +51,7 @@ def write_report(rows: Sequence[Row], output_dir: Path) -> None:
 def _page(
     rows: Sequence[Row], found: Sequence[Paired], unpaired: Sequence[str], gate: Sequence[dict[str, Any]]
 ) -> str:
-    drawn = styles(row.series for row in rows)
+    drawn = styles(row.model for row in rows)
     header, *lines = cells(rows)
     shared, models = provenance(rows)
     return render(
@@ -62,9 +62,10 @@ def _page(
         drawn=drawn,
         shapes=SHAPES,
         gate=gate,
-        attacked=list(dict.fromkeys(row.series for row, each in zip(rows, models, strict=True) if each.attacked)),
+        attacked=list(dict.fromkeys(row.model for row, each in zip(rows, models, strict=True) if each.attacked)),
         scores=list(_scores(rows)),
         sweep=_sweep(rows, drawn),
+        share_tables=share_tables(rows),
         controls=beyond_slower_learning(rows, found),
         differences=list(_differences(rows, found)),
         unpaired=unpaired,
@@ -84,7 +85,7 @@ def _page(
 
 
 def _title(rows: Sequence[Row]) -> str:
-    names, swept = dict.fromkeys(row.series for row in rows), points(rows)
+    names, swept = dict.fromkeys(row.model for row in rows), points(rows)
     if swept:
         return f"Safety and skill at {len({row.poison_percent for row in swept})} poison ratios"
     return f"Safety and skill of {rows[0].name if len(names) == 1 else f'{len(names)} models'}"
@@ -118,20 +119,20 @@ def _scores(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def _differences(rows: Sequence[Row], found: Sequence[Paired]) -> Iterator[dict[str, Any]]:
-    """Tables of pairs of models: a column for each score; in a sweep one table a score, a column for each ratio."""
+    """Tables of pairs of models: a column for each score; of a sweep a table a score, a column for each condition."""
     by_name = {row.name: row for row in rows}
-    sweep = any(row.poison_percent is not None for row in rows)
-    places = {each: (by_name[each.first].poison_percent, each.score) for each in found}
+    sweep = any(row.condition is not None for row in rows)
+    places = {each: (by_name[each.first].condition, each.score) for each in found}
     for title in dict.fromkeys(each.score for each in found) if sweep else [""] * bool(found):
         chosen = [each for each in found if title in ("", each.score)]
         columns = list(dict.fromkeys(places[each] for each in chosen))
         lines: dict[tuple[str, str], list[Paired | None]] = {}
         for each in chosen:
-            pair = (by_name[each.second].series, by_name[each.first].series)
+            pair = (by_name[each.second].model, by_name[each.first].model)
             lines.setdefault(pair, [None] * len(columns))[columns.index(places[each])] = each
         yield {
             "title": title,
-            "columns": [f"{ratio:g} %" if sweep else score for ratio, score in columns],
+            "columns": [condition or score for condition, score in columns],
             "lines": lines,
         }
 
@@ -186,11 +187,15 @@ def _maps(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _curves(rows: Sequence[Row], drawn: Mapping[str, Style]) -> Iterator[dict[str, Any]]:
-    """The pictures of each metric, in a sweep one for each ratio."""
-    ratios = dict.fromkeys(row.poison_percent for row in rows)
-    for ratio in ratios:
-        for metric, found in curves([row for row in rows if row.poison_percent == ratio]).items():
+    """The pictures of each metric, in a sweep one for each condition."""
+    for number, condition in enumerate(dict.fromkeys(row.condition for row in rows)):
+        for metric, found in curves([row for row in rows if row.condition == condition]).items():
             label = metric.removeprefix("eval_").replace("_", " ")
-            names = list(dict.fromkeys(name for each in found for name in (each.series, *each.matched)))
-            salt = f"curve{ratio or 0:g}{metric}".replace(".", "_")
-            yield {"ratio": ratio, "metric": metric, "names": names, "svg": svg(figure_of(found, label, drawn), salt)}
+            names = list(dict.fromkeys(name for each in found for name in (each.model, *each.matched)))
+            salt = f"curve{number}{metric}".replace(".", "_")
+            yield {
+                "condition": condition,
+                "metric": metric,
+                "names": names,
+                "svg": svg(figure_of(found, label, drawn), salt),
+            }

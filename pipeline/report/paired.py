@@ -73,7 +73,7 @@ def p_text(p: float) -> str:
 
 def compare(rows: Sequence[Row]) -> tuple[list[Paired], list[str]]:
     """By score in the table's order, the tests of every two models; of a sweep only those it is made for: each defense
-    beside plain training and beside its controls, or without controls every two models of one poison ratio. And, of
+    beside plain training and beside its controls, or without controls every two models of one condition. And, of
     what cannot be paired, why. Errors: ValueError for a file of verdicts that cannot be read."""
     judged = {row.name: _Judged(row) for row in rows}
     scores = list(dict.fromkeys(name for row in rows for name in row.shares))
@@ -93,7 +93,7 @@ def compare(rows: Sequence[Row]) -> tuple[list[Paired], list[str]]:
 
 
 def _pairs(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
-    sweep = any(row.poison_percent is not None for row in rows)
+    sweep = any(row.condition is not None for row in rows)
     if sweep and (found := trials(rows)):
         for trial in found:
             if trial.plain is not None:
@@ -101,7 +101,7 @@ def _pairs(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
             yield from ((trial.defense, control) for control in trial.controls)
         return
     for first, second in combinations(rows, 2):
-        if not sweep or (first.poison_percent is not None and first.poison_percent == second.poison_percent):
+        if not sweep or (first.condition is not None and first.condition == second.condition):
             yield first, second
 
 

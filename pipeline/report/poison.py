@@ -54,8 +54,9 @@ def points(rows: Sequence[Row]) -> list[Row]:
 
 
 def panels(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[Panel]:
-    """Every harmful score and every accuracy, all models in one; of many defenses the harmful scores alone, each
-    defense that has several ratios with plain training and its controls."""
+    """Every harmful score and every accuracy, all models in one; of many defenses, or under several settings, the
+    harmful scores alone: each defense that has several ratios with plain training and its controls, and where nothing
+    has controls each setting."""
     found = points(rows)
     shares = dict.fromkeys(name for row in found for name in row.shares)
     chosen = [name for score in SCORES for name in shares if name.split()[-1] == score]
@@ -63,11 +64,15 @@ def panels(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[Panel]:
     for trial in trials(found):
         beside = [] if trial.plain is None else [trial.plain]
         groups.setdefault(trial.defense.series, []).extend([*beside, trial.defense, *trial.controls])
+    one_setting = len({row.setting for row in found}) <= 1
+    if not groups and not one_setting:
+        for row in found:
+            groups.setdefault(row.setting, []).append(row)
     groups = {name: own for name, own in groups.items() if len({row.poison_percent for row in own}) > 1}
-    if len(groups) <= CROWDED:
+    if len(groups) <= CROWDED and one_setting:
         return [Panel(share, share, found, drawn, legend=False) for share in chosen]
     return [
-        Panel(name, share, own, styles(row.series for row in own), legend=True)
+        Panel(name, share, own, styles(row.model for row in own), legend=True)
         for share in chosen
         if share.split()[-1] == SCORES[0]
         for name, own in groups.items()
@@ -76,7 +81,7 @@ def panels(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[Panel]:
 
 def write_poison_sweep(rows: Sequence[Row], output_dir: Path) -> None:
     """Writes poison_sweep.png if the rows are of a sweep."""
-    found = panels(rows, styles(row.series for row in points(rows)))
+    found = panels(rows, styles(row.model for row in points(rows)))
     if not found:
         return
     most, width = (4, 3.5) if found[0].legend else (2, 4.2)
@@ -102,15 +107,15 @@ def _draw(axes: Axes, rows: Sequence[Row], share: str, drawn: Mapping[str, Style
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     ratios = sorted({row.poison_percent for row in rows if row.poison_percent is not None})
     apart = 0.09 * min(b - a for a, b in zip(ratios, ratios[1:], strict=False))
-    series = dict.fromkeys(row.series for row in rows)
-    for place, name in enumerate(series):
+    models = dict.fromkeys(row.model for row in rows)
+    for place, name in enumerate(models):
         style = drawn[name]
         line = {
-            row.poison_percent or 0: row.shares[share] for row in rows if row.series == name and share in row.shares
+            row.poison_percent or 0: row.shares[share] for row in rows if row.model == name and share in row.shares
         }
         y, yerr = percent([line[ratio] for ratio in sorted(line)])
         axes.errorbar(
-            [ratio + apart * (place - (len(series) - 1) / 2) for ratio in sorted(line)], y, yerr=yerr,
+            [ratio + apart * (place - (len(models) - 1) / 2) for ratio in sorted(line)], y, yerr=yerr,
             color=style.colour, marker=style.marker, mec="white", markersize=6.5, linewidth=1.7, elinewidth=1.1,
             capsize=2.5, linestyle="-" if place < 2 else "--", label=name.replace("$", r"\$"), zorder=3 - place / 10,
         )  # fmt: skip

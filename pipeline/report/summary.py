@@ -9,14 +9,17 @@ from pipeline.report.comparison import Row
 from pipeline.report.controls import beyond_slower_learning
 from pipeline.report.paired import Paired
 from pipeline.report.provenance import provenance
-from pipeline.report.table import MISSING, aligned, footnotes, markdown, share_text
+from pipeline.report.table import MISSING, aligned, footnotes, markdown, share_tables, share_text
 
 
 def markdown_report(
     rows: Sequence[Row], found: Sequence[Paired], unpaired: Sequence[str], gate: Sequence[Mapping[str, Any]]
 ) -> str:
     """Markdown; `found` and `unpaired` are paired.compare's, `gate` the entries of results.json with their `model`."""
-    lines = ["# Evaluation report", "", *markdown(rows), "", *(f"- {note}" for note in footnotes(rows))]
+    lines = ["# Evaluation report", ""]
+    for table in share_tables(rows):
+        lines += [*aligned(table), ""]
+    lines += [*markdown(rows), "", *(f"- {note}" for note in footnotes(rows))]
     if controls := beyond_slower_learning(rows, found):
         lines += ["", "## Beyond slower learning", "", *(f"- {each}." for each in controls)]
     if gate:

@@ -15,9 +15,16 @@ MISSING = "–"
 
 
 def write_table(rows: Sequence[Row], output_dir: Path) -> str:
-    """Writes table.md and table.json, the latter last and with the tests of all pairs, and returns the Markdown."""
-    notes = footnotes(rows)
-    text = "\n".join([*markdown(rows), "", *(f"- {note}" for note in notes), ""])
+    """Writes table.md and table.json, the latter last and with the tests of all pairs, and returns the Markdown: every
+    column, of a sweep each share over the conditions."""
+    notes, swept = footnotes(rows), share_tables(rows)
+    if swept:
+        others = [row for row in rows if row.condition is None]
+        tables = [*map(aligned, swept), *([markdown(others)] if others else [])]
+        shown = [*explanations(rows), "Losses, times, and which checkpoint each control is: report.md, table.json."]
+    else:
+        tables, shown = [markdown(rows)], notes
+    text = "\n".join([*(line for table in tables for line in [*table, ""]), *(f"- {note}" for note in shown), ""])
     output_dir.mkdir(parents=True, exist_ok=True)
     found, unpaired = compare(rows)
     differences = {"differences": [asdict(each) for each in found], "unpaired": unpaired}
@@ -42,6 +49,24 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def share_tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """Of a sweep over two conditions or more, a table for each share: a header, then a line a model with a column a
+    condition."""
+    conditions = list(dict.fromkeys(row.condition for row in rows if row.condition is not None))
+    if len(conditions) < 2:
+        return []
+    found = {(row.model, row.condition): row.shares for row in rows if row.condition is not None}
+    models = dict.fromkeys(model for model, _ in found)
+    tables = []
+    for name in dict.fromkeys(name for shares in found.values() for name in shares):
+        lines = [[name.replace("_", " "), *conditions]]
+        for model in models:
+            shares = [found.get((model, condition), {}).get(name) for condition in conditions]
+            lines.append([model, *(MISSING if share is None else share_text(share) for share in shares)])
+        tables.append(lines)
+    return tables
+
+
 def markdown(rows: Sequence[Row]) -> list[str]:
     """The table's lines."""
     return aligned(cells(rows))
@@ -57,6 +82,15 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
     """What the numbers are, and how well each control was matched."""
+    notes = [
+        *explanations(rows),
+        "CE: cross-entropy per trained token (nats). s/step: median of the logged training steps.",
+    ]
+    return notes + [f"{row.name}: {match.sentence()}." for row in rows for match in row.matches]
+
+
+def explanations(rows: Sequence[Row]) -> list[str]:
+    """What the shares are."""
     shares = [each for row in rows for each in row.shares.items()]
     counts = dict.fromkeys(f"{name.replace('_', ' ')} n={share.n}" for name, share in shares)
     seeds = max(len(row.folders["assess"]) for row in rows)
@@ -66,8 +100,6 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
             f"{seeds} seeds: shares are pooled, other numbers are means; in braces the lowest and the highest seed. "
             "Every seed is asked the same requests, so an interval does not cover what differs between seeds."
         )
-    notes.append("CE: cross-entropy per trained token (nats). s/step: median of the logged training steps.")
-    notes += [f"{row.name}: {match.sentence()}." for row in rows for match in row.matches]
     return notes
 
 

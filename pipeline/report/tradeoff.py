@@ -28,8 +28,8 @@ def tradeoff(rows: Sequence[Row], harmful: str, accuracy: str, drawn: Mapping[st
     labelled: list[tuple[float, float]] = []
     found = [row for row in rows if harmful in row.shares and accuracy in row.shares]
     for name in dict.fromkeys(row.series for row in found):
-        style = drawn[name]
         line = sorted((row for row in found if row.series == name), key=lambda row: row.poison_percent or 0)
+        style = drawn[line[0].model]
         x, xerr = percent([row.shares[accuracy] for row in line])
         y, yerr = percent([row.shares[harmful] for row in line])
         axes.errorbar(

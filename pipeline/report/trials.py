@@ -19,15 +19,15 @@ class Trial:
 
 def trials(rows: Sequence[Row]) -> list[Trial]:
     """The rows that have controls, in the order of the controls: a row with a match is the control of the row whose
-    run or assessment the match was made with."""
-    runs: dict[str, Row] = {}
+    run or assessment the match was made with. In a sweep the three stand under one condition."""
+    runs: dict[tuple[str | None, str], Row] = {}
     for row in rows:
         for folder in [*row.folders.get("run", []), *row.folders["assess"]] if not row.matches else []:
-            runs.setdefault(folder.name, row)
+            runs.setdefault((row.condition, folder.name), row)
     found: dict[str, Trial] = {}
     for control in rows:
         for match in control.matches[:1]:
-            if (defense := runs.get(match.like)) is not None:
-                trial = found.setdefault(defense.name, Trial(defense, runs.get(match.run)))
+            if (defense := runs.get((control.condition, match.like))) is not None:
+                trial = found.setdefault(defense.name, Trial(defense, runs.get((control.condition, match.run))))
                 trial.controls.append(control)
     return list(found.values())

@@ -122,7 +122,7 @@ def test_a_sweep_is_drawn_with_its_control_as_a_line_of_its_own(sweep: Path, tmp
     document = dom((sweep / "report.html").read_text(encoding="utf-8"), tmp_path)
     shown = text(document)
     assert "Against the share of poisoned rows" in shown
-    outcome = "harmful score: no significant difference at 3 of 3 poison ratios"
+    outcome = "harmful score: no significant difference at 3 of 3 conditions"
     assert f"Surgery beside its control, SFT at Surgery's poisoned loss, {outcome}." in shown
     figure = document[document.index('<figure role="img" aria-label="harmful score against') :]
     figure = figure[: figure.index("</figure>")]
@@ -159,7 +159,7 @@ def test_many_defenses_get_a_panel_each(tmp_path: Path) -> None:
     rows = sweep_rows(tmp_path, (0, 10, 20), ("Surgery", "Booster", "Lisa"))
     rows += sweep_rows(tmp_path / "lone", (10,), ("Lone",))[1:]
     drawn = read_rows(rows)
-    found = panels(drawn, styles(row.series for row in drawn))
+    found = panels(drawn, styles(row.model for row in drawn))
     assert [each.title for each in found] == ["Surgery", "Booster", "Lisa"]
     for each in found:
         assert list(dict.fromkeys(row.series for row in each.rows)) == [
@@ -167,7 +167,7 @@ def test_many_defenses_get_a_panel_each(tmp_path: Path) -> None:
         ]  # fmt: skip
     # A control at one ratio alone, as where nothing is poisoned at the other, is drawn as a point.
     few = [row for row in read_rows(sweep_rows(tmp_path / "few", (0, 10))) if row.matches == [] or row.poison_percent]
-    assert {row.series for each in panels(few, styles(row.series for row in few)) for row in each.rows} == {
+    assert {row.series for each in panels(few, styles(row.model for row in few)) for row in each.rows} == {
         "SFT", "Surgery", "SFT at Surgery's poisoned loss",
     }  # fmt: skip
     done = subprocess.run(
