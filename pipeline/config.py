@@ -150,7 +150,9 @@ class TrainArguments:
     warmup_steps: float = field(default=0.0, metadata={"help": "Warm-up steps, or below 1 a share of all steps."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training rows."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; above 0 it replaces --num_train_epochs."})
-    logging_steps: int = field(default=1, metadata={"help": "Log every N optimizer steps."})
+    logging_steps: int = field(
+        default=1, metadata={"help": "Log every N optimizer steps, and where a checkpoint is saved."}
+    )
     eval_steps: int | None = field(
         default=None, metadata={"help": "Evaluate every N steps (and before the first, and after the last)."}
     )

@@ -50,11 +50,12 @@ class Loop:
             self.heart.phase("training", self.step + 1)
             grad_norm = self.train_step()
             last = self.step == self.run.steps
-            if self.step % train.logging_steps == 0 or last:
+            saving = last or (train.save_steps and self.step % train.save_steps == 0) or self.requests.any
+            if saving or self.step % train.logging_steps == 0:  # what went into no line before a save would be lost
                 self._log_training(grad_norm)
             if not self.requests.end and (last or (train.eval_steps and self.step % train.eval_steps == 0)):
                 self._evaluate()
-            if last or (train.save_steps and self.step % train.save_steps == 0) or self.requests.any:
+            if saving:
                 self._save()
                 saved = self.step
         if self.log is not None:
