@@ -87,7 +87,7 @@ def _page(
 def _title(rows: Sequence[Row]) -> str:
     names, swept = dict.fromkeys(row.model for row in rows), points(rows)
     if swept:
-        return f"Safety and skill at {len({row.poison_percent for row in swept})} poison ratios"
+        return f"Safety and skill under {len({row.condition for row in swept})} conditions"
     return f"Safety and skill of {rows[0].name if len(names) == 1 else f'{len(names)} models'}"
 
 
