@@ -26,7 +26,7 @@ FLAGS = {
 
 def check_flags(stages: Sequence[Stage]) -> None:
     """Errors: Problems for every flag that a stage's door does not have, and every value of the wrong type."""
-    problems = []
+    found: dict[str, list[str]] = {}  # one mistake may stand in many stages
     for stage in stages:
         try:
             if stage.run in FLAGS:
@@ -35,9 +35,14 @@ def check_flags(stages: Sequence[Stage]) -> None:
                 configs, elsewhere = _configs(stage)
                 parse(configs, stage.arguments(), description=stage.door.file, elsewhere=elsewhere)
         except ValueError as error:
-            problems += [f"stage {stage.name}: {line}" for line in str(error).splitlines()]
-    if problems:
-        raise Problems(problems)
+            for line in str(error).splitlines():
+                found.setdefault(line, []).append(stage.name)
+    if found:
+        raise Problems([f"stage {_first_of(names)}: {line}" for line, names in found.items()])
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _check_names(stage: Stage) -> None:

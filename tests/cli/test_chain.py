@@ -298,6 +298,14 @@ TRAIN = {"name": "t", "run": "train", "with": {"train_data": "policy:user"}}
             {"name": "n", "stages": [{**TRAIN, "with": {"learning_rat": 1}}]},
             ["stage t: --learning_rat is unknown; did you mean learning_rate?"],
         ),
+        (  # one mistake, one message
+            {
+                "name": "n",
+                "matrix": {"seed": [1, 2, 3]},
+                "stages": [{**TRAIN, "with": {"seed": "{seed}", "learning_rat": 1}}],
+            },
+            ["error: stage t-seed1 and 2 more: --learning_rat is unknown; did you mean learning_rate?\n"],
+        ),
         (
             {"name": "n", "stages": [{**TRAIN, "with": {"seed": "one"}}]},
             ["stage t: --seed: invalid int value"],
