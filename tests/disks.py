@@ -29,5 +29,7 @@ def run_on_disk(folder: Path, options: str, *command: str | Path) -> subprocess.
     except FileNotFoundError:
         pytest.skip("needs util-linux's unshare, to give the test a small disk of its own: install util-linux")
     if done.returncode == 99 or done.stderr.startswith("unshare:"):
-        pytest.skip(f"needs the right to mount a small disk in a namespace of its own: {done.stderr.strip()}")
+        pytest.skip(
+            f"needs the right to mount a small disk in a namespace of its own (run as root): {done.stderr.strip()}"
+        )
     return done

@@ -24,7 +24,7 @@ from pipeline.report.match import Match, read_match
 from pipeline.report.records import read_json, series
 
 PARTS = ("assess", "sinks", "run", "match")
-SWEPT = re.compile(r"(.+), (\d+(?:\.\d+)?) ?%")
+SWEPT = re.compile(r"(.+?), (?:(.+), )?(\d+(?:\.\d+)?) ?%")  # model, setting, ratio in percent
 
 
 @dataclass(frozen=True)
@@ -71,31 +71,35 @@ class Row:
     matches: list[Match] = field(default_factory=list)
 
     @property
-    def series(self) -> str:
-        """The name without its poison ratio: what the points of one line have in common."""
-        found = SWEPT.fullmatch(self.name)
-        return found[1] if found else self.name
-
-    @property
     def model(self) -> str:
         """The name without its condition."""
-        return self.name.partition(", ")[0] if SWEPT.fullmatch(self.name) else self.name
+        return self._name_parts()[0]
 
     @property
-    def condition(self) -> str | None:
-        """Of a point of a sweep the name from its first comma on, as in `lr 1e-4, 5 %`; of other rows None."""
-        return self.name.partition(", ")[2] if SWEPT.fullmatch(self.name) else None
-
-    @property
-    def setting(self) -> str:
-        """What its condition says besides the ratio, as in `lr 1e-4`; empty if nothing."""
-        return self.series.removeprefix(self.model).removeprefix(", ")
+    def setting(self) -> str | None:
+        """Of a point of a sweep what its condition says besides the ratio, as in `lr 1e-4`; None if nothing."""
+        return self._name_parts()[1]
 
     @property
     def poison_percent(self) -> float | None:
         """The poison ratio in its name, in percent."""
+        percent = self._name_parts()[2]
+        return None if percent is None else float(percent)
+
+    @property
+    def series(self) -> str:
+        """The name without its poison ratio: what the points of one line have in common."""
+        return self.model if self.setting is None else f"{self.model}, {self.setting}"
+
+    @property
+    def condition(self) -> str | None:
+        """Of a point of a sweep the name from its first comma on, as in `lr 1e-4, 5 %`; of other rows None."""
+        return None if self.poison_percent is None else self.name.removeprefix(f"{self.model}, ")
+
+    def _name_parts(self) -> tuple[str, str | None, str | None]:
+        """Model, setting and percent, as the name says them."""
         found = SWEPT.fullmatch(self.name)
-        return float(found[2]) if found else None
+        return (found[1], found[2], found[3]) if found else (self.name, None, None)
 
     def record(self) -> dict[str, Any]:
         """What is published of it: `sources` are the names of its folders, by part."""

@@ -67,7 +67,7 @@ def panels(rows: Sequence[Row], drawn: Mapping[str, Style]) -> list[Panel]:
     one_setting = len({row.setting for row in found}) <= 1
     if not groups and not one_setting:
         for row in found:
-            groups.setdefault(row.setting, []).append(row)
+            groups.setdefault(row.setting or "", []).append(row)
     groups = {name: own for name, own in groups.items() if len({row.poison_percent for row in own}) > 1}
     if len(groups) <= CROWDED and one_setting:
         return [Panel(share, share, found, drawn, legend=False) for share in chosen]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.report.comparison import Row, read_rows
 from pipeline.report.controls import beyond_slower_learning
 from pipeline.report.figures import styles
+from pipeline.report.page import write_report
 from pipeline.report.paired import compare
 from pipeline.report.poison import panels
 from pipeline.report.table import write_table
@@ -77,3 +79,13 @@ def test_the_figure_has_a_panel_for_each_setting(tmp_path: Path) -> None:
     assert [each.title for each in panels(both, drawn)] == ["Surgery, lr 1e-4", "Surgery, lr 1e-5"]
     plain = [row for row in both if row.model == "SFT"]
     assert [(each.title, len(each.rows)) for each in panels(plain, drawn)] == [("lr 1e-4", 3), ("lr 1e-5", 3)]
+
+
+def test_the_page_shows_the_conditions_of_a_sweep_at_one_ratio_too(tmp_path: Path) -> None:
+    rates = [sweep_rows(tmp_path / rate, (10,), setting=f"lr {rate}, ") for rate in ("1e-4", "1e-5")]
+    write_report(read_rows([*rates[0], *rates[1]]), tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "Against the share of poisoned rows" not in page
+    head = re.search(r"<h3>Harmful score</h3>.*?</thead>", page[page.index("Under each condition") :], re.DOTALL)
+    assert head is not None
+    assert re.findall(r"<th>(.+?)</th>", head[0]) == ["model", "lr 1e-4, 10 %", "lr 1e-5, 10 %"]
